@@ -1,0 +1,292 @@
+"""What a loader needs: absolute shapes and attributes of every touched module; and whether it is needed at all.
+
+Loading replays a layout alone. It knows no architecture and never looks for structure, so a checkpoint that was once
+written loads whatever `discover` learns later.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import nn
+
+from .cutting import Undo
+from .modules import PLAIN, ConfigView, LockedLinear, lock_, select_heads_
+from .plan import CompressionError
+from .stacks import config_parts
+
+Layout = dict[str, Any]
+
+# attributes that say nothing about the function in eval mode, or change while a model runs
+PASSING = {"training", "gradient_checkpointing", "drop_prob", "drop_path", "p", "dropout", "layerdrop"}
+# what configs call the number of heads and the width of the feed-forward blocks, per side where there are two
+HEAD_KEYS = ("num_attention_heads", "num_heads", "n_heads", "n_head", "{side}_attention_heads")
+KV_KEYS = ("num_key_value_heads", "n_kv_heads", "num_kv_heads")
+NEURON_KEYS = ("intermediate_size", "ffn_dim", "d_ff", "hidden_dim", "n_inner", "{side}_ffn_dim")
+
+
+# --- writing -----------------------------------------------------------------------------------------------------
+
+
+def merge(old: Mapping[str, Any] | None, new: Mapping[str, Any], removed: Mapping[str, tuple[int, ...]]) -> Layout:
+    """The layout after another cut. `new` names modules as they are called once `removed` has happened."""
+    modules: dict[str, Any] = {}
+    for name, entry in (old or {}).get("modules", {}).items():
+        moved = renamed(name, removed)
+        if moved is not None:
+            modules[moved] = copy.deepcopy(entry)
+    for name, entry in new.items():
+        target = modules.setdefault(name, {})
+        for key, value in entry.items():
+            target[key] = {**target.get(key, {}), **value} if isinstance(value, dict) and key != "heads" else value
+    return {**{k: v for k, v in (old or {}).items() if k != "modules"}, "modules": modules}
+
+
+def renamed(name: str, removed: Mapping[str, tuple[int, ...]]) -> str | None:
+    """A module's name after layers went; None where it went with them."""
+    for path, kept in removed.items():
+        if name.startswith(f"{path}."):
+            index, _, rest = name[len(path) + 1 :].partition(".")
+            if int(index) not in kept:
+                return None
+            return f"{path}.{kept.index(int(index))}" + (f".{rest}" if rest else "")
+    return name
+
+
+def skeleton(model: nn.Module, numbers: Mapping[str, Any] | None = None) -> nn.Module | None:
+    """The stock model that plain transformers builds from a config, without memory; None where it cannot be built.
+
+    `numbers`: values that replace those of the config, `"key"` or `"part.key"`.
+    """
+    config = copy.deepcopy(model.config)
+    config.__dict__.pop("quantization_config", None)
+    assert hasattr(type(model), "get_init_context")
+    try:
+        for name, value in (numbers or {}).items():
+            part, _, key = name.rpartition(".")
+            setattr(getattr(config, part) if part else config, key, value)
+        with ExitStack() as stack:
+            dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+            for context in type(model).get_init_context(dtype, False, False, None):  # type: ignore[attr-defined]
+                stack.enter_context(context)
+            return type(model)(config)
+    except Exception:  # a config that its model refuses (heads that do not divide the hidden size): not stock
+        return None
+
+
+def differs(model: nn.Module, stock: nn.Module, ignore_shapes: bool = False, within: tuple[str, ...] = ("",)) -> str | None:
+    """The first place where a model is not what its config builds: a class, a shape or an attribute; None if nowhere."""
+    theirs = dict(stock.named_modules())
+    for name, module in model.named_modules():
+        if not any(not w or name == w or name.startswith(f"{w}.") for w in within):
+            continue
+        other = theirs.get(name)
+        kind = PLAIN.get(type(module), nn.Linear if isinstance(module, LockedLinear) else type(module))
+        if other is None or kind is not type(other):
+            return name
+        if set(module._parameters) != set(other._parameters) or hasattr(module, "hfc_heads"):
+            return name
+        if ignore_shapes:
+            mine = {k for k, v in module._parameters.items() if v is not None}
+            if mine != {k for k, v in other._parameters.items() if v is not None}:
+                return name
+            continue
+        for tensors in ("_parameters", "_buffers"):
+            for key, tensor in getattr(other, tensors).items():
+                ours = getattr(module, tensors).get(key)
+                if (tensor is None) != (ours is None) or (tensor is not None and tensor.shape != ours.shape):
+                    return f"{name}.{key}"
+        for key, value in vars(other).items():
+            if isinstance(value, bool | int | float) and key not in PASSING and not key.startswith("_"):
+                if getattr(module, key, None) != value:
+                    return f"{name}.{key}"
+    return None
+
+
+def layers_differ(model: nn.Module, stock: nn.Module, paths: tuple[str, ...], touched: Mapping[str, Any]) -> str | None:
+    """Whether the layers that stay are those that a config with fewer layers builds, apart from what was recorded."""
+    place = differs(model, stock, ignore_shapes=True, within=paths)
+    if place is not None:
+        return place
+    theirs = dict(stock.named_modules())
+    for name, module in model.named_modules():
+        if not any(name.startswith(f"{path}.") for path in paths):
+            continue
+        known = touched.get(name, {}).get("attributes", {})
+        for key, value in vars(theirs[name]).items():
+            if isinstance(value, bool | int | float | str) and key not in PASSING and not key.startswith("_"):
+                if key not in known and getattr(module, key, None) != value:
+                    return f"{name}.{key}"
+    return None
+
+
+def stock_numbers(model: nn.Module, structure: Any) -> dict[str, Any] | None:
+    """The config values under which plain transformers builds this model, or None: what makes a checkpoint *stock*.
+
+    A guess (one size in all blocks of a config, written under the names that configs use) that is then checked: a
+    skeleton built from it must have every shape and every number of the model.
+    """
+    numbers: dict[str, Any] = {}
+    parts = dict(config_parts(model))
+    for part, config in parts.items():
+        mine = [b for b in (*structure.attentions, *structure.ffns) if _part_of(model, b.name, parts) == part]
+        heads = [b for b in mine if hasattr(b, "head_dim")]
+        ffns = [b for b in mine if not hasattr(b, "head_dim")]
+        for blocks, keys, values in (
+            (heads, HEAD_KEYS, [b.num_heads for b in heads]),
+            (heads, KV_KEYS, [b.num_key_value_heads for b in heads]),
+            (ffns, NEURON_KEYS, [b.size for b in ffns]),
+        ):
+            sides = {"decoder" if "decoder" in b.name.split(".") else "encoder" for b in blocks}
+            for key in keys:
+                for side in sides if "{side}" in key else ("",):
+                    name = key.format(side=side)
+                    if name not in vars(config):
+                        continue
+                    of_side = [
+                        v for b, v in zip(blocks, values, strict=True)
+                        if not side or ("decoder" in b.name.split(".")) == (side == "decoder")
+                    ]  # fmt: skip
+                    if isinstance(vars(config)[name], int | None) and len(set(of_side)) == 1:
+                        numbers[f"{part}.{name}".lstrip(".")] = of_side[0]
+        if heads and "head_dim" in vars(config) and len({b.head_dim for b in heads}) == 1:
+            numbers[f"{part}.head_dim".lstrip(".")] = heads[0].head_dim
+        elif heads and len({b.head_dim for b in heads}) == 1 and heads[0].num_heads != getattr(config, "num_attention_heads", 0):
+            numbers[f"{part}.head_dim".lstrip(".")] = heads[0].head_dim  # read by many models, stored by few
+    changed = {k: v for k, v in numbers.items() if getattr(parts[k.rpartition(".")[0]], k.rpartition(".")[2], None) != v}
+    for candidate in ({}, changed):
+        stock = skeleton(model, candidate)
+        if stock is not None and differs(model, stock) is None:
+            return candidate
+    return None
+
+
+def _part_of(model: nn.Module, name: str, parts: dict[str, Any]) -> str:
+    """Which sub-config describes a block: that of the nearest module above it that has one."""
+    while True:
+        config = getattr(model.get_submodule(name), "config", None)
+        base = config._hfc_base if isinstance(config, ConfigView) else config
+        for part, known in parts.items():
+            if part and base is known:
+                return part
+        if not name:
+            return ""
+        name = name.rpartition(".")[0]
+
+
+# --- reading -----------------------------------------------------------------------------------------------------
+
+
+def check(layout: Any) -> Layout:
+    """A layout as it came from a file, or a refusal: only known keys, of the types that this package writes."""
+    kinds = {"shapes": dict, "attributes": dict, "config": dict, "heads": dict, "lock": bool}
+    if not isinstance(layout, dict) or not isinstance(layout.get("modules"), dict):
+        raise CompressionError("The checkpoint's compression layout is not whole: it has no 'modules'.")
+    unknown = set(layout) - {"modules", "layers", "numbers"}
+    if unknown:
+        raise CompressionError(f"The checkpoint's compression layout has unknown parts {sorted(unknown)}; upgrade hf_compress.")
+    for name, entry in layout["modules"].items():
+        if not isinstance(entry, dict):
+            raise CompressionError(f"The layout's entry for {name!r} is not a dict.")
+        for key, value in entry.items():
+            if key not in kinds or not isinstance(value, kinds[key]):
+                raise CompressionError(f"The layout says {key!r}: {value!r} for {name!r}, which no hf_compress of this version writes.")
+        for key, shape in entry.get("shapes", {}).items():
+            if not isinstance(shape, list) or not all(type(n) is int and n > 0 for n in shape):
+                raise CompressionError(f"The layout gives {name}.{key} the shape {shape!r}; shapes are lists of whole numbers > 0.")
+        for key in ("attributes", "config"):
+            for attribute, value in entry.get(key, {}).items():
+                if type(value) is not int or attribute.startswith("_"):
+                    raise CompressionError(f"The layout sets {name}.{attribute} to {value!r}; only whole numbers can be set.")
+        heads = entry.get("heads")
+        if heads is not None and (
+            heads.get("how") not in ("interface", "argument")
+            or not isinstance(heads.get("keep"), list)
+            or not all(type(h) is int and h >= 0 for h in heads["keep"])
+        ):
+            raise CompressionError(f"The layout selects heads {heads!r} in {name!r}; a list of indices was expected.")
+    return layout
+
+
+def replay_(model: nn.Module, layout: Layout, undo: Undo | None = None) -> None:
+    """Give a model (on any device, `meta` too) the shapes and attributes of a layout. Weights are not filled.
+
+    Raises:
+        CompressionError: the layout belongs to another architecture, or asks for what a cut cannot do.
+    """
+    layers = layout.get("layers", {})
+    if layers:
+        _pick_layers(model, layers, layout.get("numbers", {}))
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    modules = dict(model.named_modules())
+    for name, entry in layout["modules"].items():
+        module = next((modules[n] for n in (name, name.removeprefix(prefix), prefix + name) if n in modules), None)
+        if module is None:
+            if name.startswith(prefix) or prefix == ".":
+                raise CompressionError(f"The checkpoint cuts {name!r}, which {type(model).__name__} does not have: another model.")
+            continue  # a head that this class does not carry
+        _replay_module(name, module, entry)
+
+
+def _replay_module(name: str, module: nn.Module, entry: Mapping[str, Any]) -> None:
+    shapes = entry.get("shapes", {})
+    if entry.get("lock"):
+        shapes = {**shapes, "weight": [1, *shapes.get("weight", module.weight.shape)]}  # type: ignore[misc]
+    for key, shape in shapes.items():
+        old = module._parameters.get(key)
+        full = None if old is None else ([1, *old.shape] if entry.get("lock") and key == "weight" else list(old.shape))
+        if old is None or full is None or len(full) != len(shape) or any(n > m for n, m in zip(shape, full, strict=True)):
+            raise CompressionError(
+                f"The checkpoint gives {name}.{key} the shape {list(shape)}, but this model has "
+                f"{'no such weight' if full is None else f'{full}'}: the plan is for another architecture."
+            )
+        new = torch.empty(shape, dtype=old.dtype, device=old.device)
+        module._parameters[key] = nn.Parameter(new, requires_grad=old.requires_grad)
+    for key, value in entry.get("attributes", {}).items():
+        if type(getattr(module, key, None)) is not int:
+            raise CompressionError(f"The checkpoint sets {name}.{key}, which this model does not have: another architecture.")
+        setattr(module, key, value)
+    if entry.get("config"):
+        module.config = ConfigView(module.config, **entry["config"])  # type: ignore[assignment]
+    if entry.get("heads"):
+        select_heads_(module, entry["heads"]["how"], entry["heads"]["keep"])
+
+
+def lock_replayed(model: nn.Module, layout: Layout) -> None:
+    """After the weights are in: give locked modules their real shape back."""
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    modules = dict(model.named_modules())
+    for name, entry in layout["modules"].items():
+        if entry.get("lock"):
+            module = next((modules[n] for n in (name, name.removeprefix(prefix), prefix + name) if n in modules), None)
+            if isinstance(module, nn.Linear) and module.weight.ndim == 3:
+                module.weight = nn.Parameter(module.weight.detach()[0], requires_grad=module.weight.requires_grad)
+                lock_(module)
+
+
+def _pick_layers(model: nn.Module, layers: Mapping[str, Any], numbers: Mapping[str, Any]) -> None:
+    """Build all layers that the base model has and take those that stayed: layers are not all alike."""
+    full = skeleton(model, numbers)
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    for path, kept in layers.items():
+        names = (path, path.removeprefix(prefix), prefix + path)
+        ours = next((m for m in (_submodule(model, n) for n in names) if isinstance(m, nn.ModuleList)), None)
+        theirs = next((m for m in (_submodule(full, n) for n in names) if isinstance(m, nn.ModuleList)), None)
+        valid = isinstance(kept, list) and all(type(i) is int for i in kept)
+        if ours is None or theirs is None or not valid or not all(0 <= i < len(theirs) for i in kept):
+            raise CompressionError(f"The checkpoint keeps layers {kept!r} of {path!r}, which this model does not have.")
+        device = next((p.device for p in ours.parameters()), torch.device("meta"))
+        entries = {str(new): list(theirs)[old].to_empty(device=device) for new, old in enumerate(kept)}
+        ours._modules.clear()
+        ours._modules.update(entries)
+
+
+def _submodule(model: nn.Module | None, name: str) -> nn.Module | None:
+    try:
+        return model.get_submodule(name) if model is not None else None
+    except AttributeError:
+        return None

@@ -1,0 +1,169 @@
+"""How a compressed checkpoint loads: transformers' own registry of quantizers hands our config to us.
+
+Importing `hf_compress` registers the method `"hf_compress"`. `from_pretrained` then builds the stock model on the meta
+device, we replay the layout on it, and transformers fills in the weights. Without the import, plain transformers
+fails on the shapes; it never loads something else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers.quantizers import auto
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from .layout import check, lock_replayed, replay_
+from .plan import CompressionError, Plan
+
+METHOD = "hf_compress"
+FORMAT = 1
+
+
+class HfCompressConfig(QuantizationConfigMixin):
+    """What `config.json` says about a compressed model: the edits (for people) and the layout (for the loader).
+
+    Args:
+        plan (`dict`): the edits that led here, as `Plan.to_dict()`.
+        layout (`dict`): absolute shapes and attributes of every touched module.
+        masks (`dict`, *optional*): of a checkpoint from the middle of a training: a plan that is masked, not yet cut.
+        format (`int`): the format of this dict. Every later version reads it.
+        digest (`str`, *optional*): of all the above; checked when the checkpoint loads.
+
+    Raises:
+        CompressionError: the dict was changed after it was written, or comes from a later version.
+    """
+
+    def __init__(
+        self,
+        plan: dict[str, Any] | None = None,
+        layout: dict[str, Any] | None = None,
+        masks: dict[str, Any] | None = None,
+        format: int = FORMAT,
+        digest: str | None = None,
+        **unknown: Any,
+    ) -> None:
+        self.quant_method = METHOD  # type: ignore[assignment]
+        unknown.pop("quant_method", None)
+        if format != FORMAT or unknown:
+            raise CompressionError(
+                f"This checkpoint has compression format {format!r}{f' and {sorted(unknown)}' if unknown else ''}; this "
+                f"hf_compress reads format {FORMAT}. Upgrade hf_compress."
+            )
+        self.format = format
+        self.plan_dict = Plan().to_dict() if plan is None else plan
+        self.layout = check({"modules": {}} if layout is None else layout)
+        self.masks_dict = masks
+        if digest is not None and digest != self.digest:
+            raise CompressionError(
+                "The compression record in config.json is not the one that was written (its digest differs): the file was "
+                "edited or damaged. Download or save the checkpoint again."
+            )
+
+    @property
+    def plan(self) -> Plan:
+        return Plan.from_dict({k: v for k, v in self.plan_dict.items() if k != "tensors"})
+
+    @property
+    def masks(self) -> Plan | None:
+        return None if self.masks_dict is None else Plan.from_dict(self.masks_dict)
+
+    @property
+    def digest(self) -> str:
+        content = {"plan": self.plan_dict, "layout": self.layout, "masks": self.masks_dict}
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    def to_dict(self) -> dict[str, Any]:
+        data = {
+            "quant_method": METHOD,
+            "format": self.format,
+            "plan": self.plan_dict,
+            "layout": self.layout,
+            "digest": self.digest,
+        }
+        if self.masks_dict is not None:
+            data["masks"] = self.masks_dict
+        return json.loads(json.dumps(data))
+
+
+def compression_of(config: Any) -> HfCompressConfig | None:
+    """The compression record of a model's config, if it has one.
+
+    Raises:
+        CompressionError: the config belongs to another quantization method.
+    """
+    found = getattr(config, "quantization_config", None)
+    if found is None or isinstance(found, HfCompressConfig):
+        return found
+    if isinstance(found, dict) and found.get("quant_method") == METHOD:
+        return HfCompressConfig(**found)
+    method = found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", found)
+    raise CompressionError(
+        f"This model is quantized with {method}; cutting a quantized model is not offered. Cut it first, then quantize."
+    )
+
+
+class HfCompressQuantizer(HfQuantizer):
+    """Replays the layout before the weights are read, and leaves an ordinary model behind."""
+
+    quantization_config: HfCompressConfig
+    requires_calibration = False
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+    def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **kwargs: Any) -> None:
+        if not self.pre_quantized:
+            raise CompressionError("HfCompressConfig is a record, not an order: cut a loaded model with apply_(model, plan).")
+        _check_files(checkpoint_files)
+        replay_(model, self.quantization_config.layout)
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        lock_replayed(model, self.quantization_config.layout)
+        masks = self.quantization_config.masks
+        if masks is not None:
+            from .surgery import mask_
+
+            mask_(model, masks)
+        # an ordinary model from here on: half(), Trainer and save_pretrained treat quantized ones differently
+        model.is_quantized = False
+        for name in ("hf_quantizer", "quantization_method"):
+            model.__dict__.pop(name, None)
+        for module in model.modules():
+            if isinstance(module, nn.Module) and hasattr(module, "config") and hasattr(module.config, "_is_quantized"):
+                module.config._is_quantized = False
+        return model
+
+
+def _check_files(files: Any) -> None:
+    """A truncated safetensors file, named; the library itself says only that a header is wrong."""
+    for file in files if isinstance(files, list | tuple) else [files] if files else []:
+        path = Path(file)
+        if path.suffix != ".safetensors" or not path.is_file():
+            continue
+        with path.open("rb") as opened:
+            head = opened.read(8)
+            size = struct.unpack("<Q", head)[0] if len(head) == 8 else None
+            header = opened.read(size) if size is not None and size <= path.stat().st_size else b""
+        try:
+            entries = json.loads(header)
+            end = max((e["data_offsets"][1] for n, e in entries.items() if n != "__metadata__"), default=0)
+        except (ValueError, KeyError, TypeError, AttributeError):
+            end = None
+        if end is None or size is None or path.stat().st_size != 8 + size + end:
+            raise CompressionError(f"{path} is truncated or damaged ({path.stat().st_size:,} bytes). Download or save it again.")
+
+
+if METHOD not in auto.AUTO_QUANTIZER_MAPPING:
+    register_quantization_config(METHOD)(HfCompressConfig)
+    register_quantizer(METHOD)(HfCompressQuantizer)

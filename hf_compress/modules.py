@@ -1,0 +1,194 @@
+"""The modules and small in-place operations that surgery, masks and the loader share. Torch and transformers only."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.pytorch_utils import Conv1D
+
+# --- widths ------------------------------------------------------------------------------------------------------
+
+
+def width(linear: nn.Module, dim: int) -> int:
+    """Outputs (`dim=0`) or inputs (`dim=1`) of a Linear or of GPT-2's transposed Conv1D, from the weight itself."""
+    weight = linear.weight
+    assert isinstance(weight, torch.Tensor)
+    return weight.shape[weight_dim(linear, dim)]
+
+
+def weight_dim(linear: nn.Module, dim: int) -> int:
+    """The dimension of `linear.weight` that holds outputs (`dim=0`) or inputs (`dim=1`)."""
+    return 1 - dim if isinstance(linear, Conv1D) else dim
+
+
+def width_attribute(linear: nn.Module, dim: int) -> str:
+    return (("nf", "nx") if isinstance(linear, Conv1D) else ("out_features", "in_features"))[dim]
+
+
+# --- gates -------------------------------------------------------------------------------------------------------
+
+
+class _Gated:
+    """A projection whose input columns are multiplied by `hfc_gate` (0 or 1): a mask that training cannot undo.
+
+    The gate multiplies the weight, which is the same function as multiplying the input and, with many tokens, far
+    cheaper. What is saved is the gated weight, so a checkpoint holds the masked function for every reader. A module
+    becomes gated by its class, in place: names, hooks, parameters and the optimizer's references stay as they are.
+    """
+
+    hfc_gate: torch.Tensor
+    hfc_active: torch.Tensor | None
+    weight: nn.Parameter
+
+    def _gated_weight(self) -> torch.Tensor:
+        gate = self.hfc_gate.to(self.weight.dtype)
+        return self.weight * (gate[:, None] if isinstance(self, Conv1D) else gate)
+
+    def _track(self, inputs: torch.Tensor) -> None:
+        """Adds up, per input column, how often it was not zero and how large it was on average (training only)."""
+        if self.hfc_active is not None and self.training:  # type: ignore[attr-defined]
+            flat = inputs.detach().reshape(-1, inputs.shape[-1])
+            self.hfc_active[0] += (flat != 0).float().mean(0)
+            self.hfc_active[1] += flat.float().abs().mean(0)
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[misc]
+        if not keep_vars:
+            destination[prefix + "weight"] = self._gated_weight().detach()
+
+
+class GatedLinear(_Gated, nn.Linear):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        self._track(input)
+        return F.linear(input, self._gated_weight(), self.bias)
+
+
+class GatedConv1D(_Gated, Conv1D):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self._track(x)
+        out = torch.addmm(self.bias, x.reshape(-1, x.size(-1)), self._gated_weight())
+        return out.view(*x.shape[:-1], self.nf)
+
+
+GATED: dict[type, type] = {nn.Linear: GatedLinear, Conv1D: GatedConv1D}
+PLAIN = {gated: plain for plain, gated in GATED.items()}
+
+
+def gate_(linear: nn.Module, track: bool = False) -> torch.Tensor:
+    """Give a projection a gate of ones over its inputs (or return the one it has), to be changed in place."""
+    if type(linear) in GATED:
+        linear.__class__ = GATED[type(linear)]
+        assert isinstance(linear.weight, torch.Tensor)
+        ones = torch.ones(width(linear, 1), dtype=torch.float32, device=linear.weight.device)
+        linear.register_buffer("hfc_gate", ones, persistent=False)
+        stat = torch.zeros(2, width(linear, 1), device=linear.weight.device) if track else None
+        linear.register_buffer("hfc_active", stat, persistent=False)
+    gate = linear.hfc_gate
+    assert isinstance(gate, torch.Tensor)
+    return gate
+
+
+def ungate_(linear: nn.Module) -> None:
+    if type(linear) in PLAIN:
+        linear.__class__ = PLAIN[type(linear)]
+        del linear._buffers["hfc_gate"], linear._buffers["hfc_active"]
+        linear._non_persistent_buffers_set -= {"hfc_gate", "hfc_active"}
+
+
+def is_gated(module: nn.Module) -> bool:
+    return type(module) in PLAIN
+
+
+# --- locks -------------------------------------------------------------------------------------------------------
+
+
+class LockedLinear(nn.Linear):
+    """A Linear that saves its weight with a leading axis, so that plain transformers cannot load it.
+
+    For checkpoints whose difference from the stock model is not in any shape: which layers stayed, say. Loading one
+    without this package must fail, not give a model that looks right.
+    """
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix + "weight"] = destination[prefix + "weight"][None]
+
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
+        weight = state_dict.get(prefix + "weight")
+        if weight is not None and weight.ndim == 3:
+            state_dict = {**state_dict, prefix + "weight": weight[0]}
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+def lock_(linear: nn.Linear) -> None:
+    linear.__class__ = LockedLinear
+
+
+# --- heads that share a bias -------------------------------------------------------------------------------------
+
+
+class ConfigView:
+    """A config seen by one module: some values of its own, everything else from the config that it looks at.
+
+    A copy would not follow later changes (`set_attn_implementation`, say); a view does.
+    """
+
+    def __init__(self, base: Any, **values: Any) -> None:
+        while isinstance(base, ConfigView):
+            values = {**base.hfc_values(), **values}
+            base = base._hfc_base
+        self._hfc_base = base
+        self.__dict__.update(values)
+
+    def hfc_values(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_hfc_base"}
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name == "_hfc_base":  # copy and pickle ask before there is a base
+            raise AttributeError(name)
+        return getattr(self._hfc_base, name)
+
+
+SELECT = "hf_compress_select_heads"
+
+
+def _attention_with_selected_bias(module, query, key, value, attention_mask, position_bias=None, **kwargs):
+    """The attention that the model's config asks for, with the columns of a shared bias that belong to our heads."""
+    eager = sys.modules[type(module).__module__].eager_attention_forward
+    attend = ALL_ATTENTION_FUNCTIONS.get_interface(module.config._hfc_base._attn_implementation, eager)
+    if position_bias is not None:
+        position_bias = position_bias[:, module.hfc_heads]
+    return attend(module, query, key, value, attention_mask, position_bias=position_bias, **kwargs)
+
+
+AttentionInterface.register(SELECT, _attention_with_selected_bias)
+AttentionMaskInterface.register(SELECT, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+
+
+def _select_bias_argument(module, args, kwargs):
+    if kwargs.get("position_bias") is not None:
+        kwargs = {**kwargs, "position_bias": kwargs["position_bias"][:, module.hfc_heads]}
+    elif len(args) > 2 and args[2] is not None:
+        args = (*args[:2], args[2][:, module.hfc_heads], *args[3:])
+    return args, kwargs
+
+
+def select_heads_(module: nn.Module, how: str, heads: list[int]) -> None:
+    """Let an attention use only these heads of a position bias that is computed once for a whole stack.
+
+    `how`: `"interface"` where the bias travels through the attention function (T5), `"argument"` where it arrives as
+    an argument of the module (MPNet).
+    """
+    if not hasattr(module, "hfc_heads"):
+        if how == "interface":
+            module.config = ConfigView(module.config, _attn_implementation=SELECT)  # type: ignore[assignment]
+        else:
+            module.register_forward_pre_hook(_select_bias_argument, with_kwargs=True)
+    module.hfc_heads = list(heads)  # type: ignore[assignment]

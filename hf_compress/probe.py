@@ -1,0 +1,146 @@
+"""Small inputs that any model runs on, and outputs made comparable: what a proof needs."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from .plan import CompressionError
+
+# never compared: their shape follows the heads, or they are only there for the next call
+NOT_COMPARED = ("attentions", "past_key_values", "loss", "cross_attentions", "hidden_states")
+
+
+def example_inputs(model: nn.Module, rows: int = 2, length: int = 12) -> dict[str, torch.Tensor]:
+    """Random inputs from a fixed seed, made from the signature of `forward` and the sizes in the config.
+
+    Token ids are drawn from the vocabulary (without the special tokens that some models read), pixels, waveforms and
+    spectrograms from a normal distribution, at the smallest size that the config allows.
+
+    Raises:
+        CompressionError: the model takes something that this function does not know; pass inputs of your own.
+    """
+    config = getattr(model, "config", None)
+    names = inspect.signature(model.forward).parameters
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    draw = torch.Generator().manual_seed(0)
+    inputs: dict[str, torch.Tensor] = {}
+
+    def sub(name: str, default: Any = None) -> Any:
+        """A value of the config, or of the part of it that describes images, sound or text."""
+        for part in (config, *(getattr(config, key, None) for key in ("vision_config", "audio_config", "text_config"))):
+            if getattr(part, name, None) is not None:
+                return getattr(part, name)
+        return default
+
+    main = getattr(model, "main_input_name", "input_ids")
+    if "input_ids" in names and (main == "input_ids" or "pixel_values" in names):
+        vocabulary = _vocabulary(model)
+        length = min(length, int(sub("max_position_embeddings", length + 4)) - 4) if length > 4 else length
+        inputs["input_ids"] = torch.randint(min(4, vocabulary - 1), vocabulary, (rows, max(length, 2)), generator=draw)
+    if "pixel_values" in names and (main == "pixel_values" or "input_ids" in inputs):
+        size = sub("image_size", 64)
+        size = (size, size) if isinstance(size, int) else tuple(size)
+        rows_of_pixels = rows if size[0] * size[1] <= 64 * 64 or "input_ids" in inputs else 1
+        inputs["pixel_values"] = torch.randn(rows_of_pixels, int(sub("num_channels", 3)), *size, generator=draw)
+    if main == "input_values":
+        bins = sub("num_mel_bins")
+        shape = (rows, sub("max_length"), bins) if bins and sub("max_length") else (rows, 4000)
+        inputs["input_values"] = torch.randn(*shape, generator=draw)
+    if main == "input_features":
+        frames = 2 * sub("max_source_positions", 50)
+        inputs["input_features"] = torch.randn(1, int(sub("num_mel_bins", 80)), frames, generator=draw)
+    if "decoder_input_ids" in names and getattr(config, "is_encoder_decoder", False):
+        some = next(iter(inputs.values()), None)
+        count = rows if some is None else some.shape[0]
+        vocabulary = _vocabulary(model)
+        inputs["decoder_input_ids"] = torch.randint(min(4, vocabulary - 1), vocabulary, (count, 6), generator=draw)
+    if not inputs:
+        raise CompressionError(
+            f"No example inputs for {type(model).__name__}, whose main input is {main!r}; "
+            "pass inputs=... (a small batch, as for model(**inputs))."
+        )
+    return {
+        name: value.to(device, dtype if value.is_floating_point() else value.dtype) for name, value in inputs.items()
+    }
+
+
+def _vocabulary(model: nn.Module) -> int:
+    try:
+        embeddings = model.get_input_embeddings()  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):  # models of several parts have several
+        embeddings = None
+    if isinstance(embeddings, nn.Embedding):
+        return embeddings.num_embeddings
+    text = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config  # type: ignore
+    return int(getattr(text, "vocab_size", 2))  # type: ignore[arg-type]
+
+
+@contextmanager
+def quiet_run(model: nn.Module) -> Iterator[Callable[[Mapping[str, Any]], Any]]:
+    """A function that runs the model without leaving a trace: eval mode, no gradients, no cache, random state kept."""
+    training = [module for module in model.modules() if module.training]
+    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
+    names = inspect.signature(model.forward).parameters
+
+    def run(inputs: Mapping[str, Any]) -> Any:
+        extra = {"use_cache": False} if "use_cache" in names and "use_cache" not in inputs else {}
+        return model(**inputs, **extra)
+
+    model.eval()
+    try:
+        with torch.random.fork_rng(devices), torch.no_grad():
+            torch.manual_seed(0)
+            yield run
+    finally:
+        for module in training:
+            module.training = True
+
+
+def tensors_in(value: Any, name: str = "") -> list[tuple[str, torch.Tensor]]:
+    """The floating-point tensors in an output, by name; attention maps and caches left out."""
+    if isinstance(value, torch.Tensor):
+        return [(name, value)] if value.is_floating_point() else []
+    if isinstance(value, Mapping):
+        return [t for key, v in value.items() if key not in NOT_COMPARED for t in tensors_in(v, f"{name}.{key}".strip("."))]
+    if isinstance(value, tuple | list):
+        return [t for i, v in enumerate(value) for t in tensors_in(v, f"{name}[{i}]")]
+    return []
+
+
+def map_tensors(value: Any, f: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """`value` with `f` applied to every tensor in its tuples, lists and dicts."""
+    if isinstance(value, torch.Tensor):
+        return f(value)
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(map_tensors(v, f) for v in value))
+    if isinstance(value, tuple | list):
+        return type(value)(map_tensors(v, f) for v in value)
+    if type(value) is dict:
+        return {key: map_tensors(v, f) for key, v in value.items()}
+    return value
+
+
+def difference(one: torch.Tensor, other: torch.Tensor) -> float:
+    """Largest difference relative to the largest value; infinite where shapes differ or only one side is finite."""
+    if one.shape != other.shape:
+        return float("inf")
+    one, other = one.float(), other.float()
+    finite = torch.isfinite(one)
+    if not torch.equal(finite, torch.isfinite(other)):
+        return float("inf")
+    one, other = one[finite], other[finite]
+    if not one.numel():
+        return 0.0
+    return ((one - other).abs().max() / one.abs().max().clamp_min(1e-6)).item()
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """How far two exact computations in another order may lie apart, relative to the largest value."""
+    return {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 8e-2}.get(dtype, 1e-4)

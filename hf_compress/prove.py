@@ -1,0 +1,181 @@
+"""Proof before the cut: every block is cut on a copy, run beside its mask on the same inputs, and compared."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from .cutting import Cut, Variant, cut_, variants
+from .modules import gate_, ungate_
+from .plan import CompressionError
+from .probe import difference, map_tensors, quiet_run, tensors_in, tolerance
+
+
+def prove(model: nn.Module, cuts: list[Cut], inputs: Mapping[str, Any], masked: Callable[[], Any]) -> dict[str, Variant]:
+    """Show that each cut equals its mask on this model, or refuse; the model is as before when this returns.
+
+    One pass of the masked model over `inputs`, in which every block's place is taken, when its turn comes, by a copy
+    that has been cut. Twice over, per block:
+
+    1. *Structure.* On a copy in float32 with all weights drawn anew (so that zero biases, dead units or untrained
+       norms hide nothing), the cut must equal the mask, and the mask must matter. The first of the block's guesses
+       (`variants`) that passes is taken.
+    2. *This model.* A copy with the real weights is cut and its output goes on to the next block in place of the
+       masked one, so that what a block hands to later ones (a shared position bias, keys and values) is proved too;
+       at the end the model's outputs must agree.
+
+    Memory: the model and two copies of one block. Where the inputs come from is `apply_`'s affair.
+
+    Args:
+        model: the model, dense where it will be cut.
+        cuts: what stays in each block.
+        inputs: a small batch, as for `model(**inputs)`.
+        masked: enters the mask of the whole plan; called with no arguments, gives a context manager.
+
+    Returns:
+        the proved variant of each block, by name.
+
+    Raises:
+        CompressionError: a block was never run, or no guess about it holds.
+    """
+    modules = dict(model.named_modules())
+    groups = _groups(cuts)
+    proved: dict[str, Variant] = {}
+    progress = tqdm(total=len(groups), desc="prove", unit="block", leave=False, disable=None, delay=3)
+
+    def stand_in(scope: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        group = groups[scope]
+        if any(cut.block.name not in proved for cut in group):
+            progress.update()
+        for cut in group:
+            if cut.block.name not in proved:
+                proved[cut.block.name] = _prove_structure(module, scope, group, cut, args, kwargs)
+        double = _copy(module)
+        for cut in group:
+            cut_(_finder(double, scope), cut, proved[cut.block.name])
+        replaced = double(*args, **kwargs)
+        _compare(output, replaced, f"the cut of {_names(group)}", first_only=True)
+        return replaced
+
+    with quiet_run(model) as run, masked(), progress:
+        reference = run(inputs)
+        with ExitStack() as hooks:
+            for scope in groups:
+                handle = modules[scope].register_forward_hook(_bind(stand_in, scope), with_kwargs=True)
+                hooks.callback(handle.remove)
+            result = run(inputs)
+    idle = [cut.block.name for cut in cuts if cut.block.name not in proved]
+    if idle:
+        raise CompressionError(
+            f"Cannot prove a cut of {idle[0]!r}: it did not run on the proof's inputs ({', '.join(inputs)}). "
+            "Pass inputs=... with a batch that uses it, or leave it out of the plan."
+        )
+    _compare(reference, result, "the cut model as a whole")
+    return proved
+
+
+def _groups(cuts: list[Cut]) -> dict[str, list[Cut]]:
+    """Cuts by the outermost scope that holds them: BERT's FFN lies around its attention, so both go together."""
+    scopes = {cut.block.scope for cut in cuts}
+    outer = {s: min((o for o in scopes if s == o or s.startswith(f"{o}.") or o == ""), key=len) for s in scopes}
+    groups: dict[str, list[Cut]] = {}
+    for cut in cuts:
+        groups.setdefault(outer[cut.block.scope], []).append(cut)
+    return groups
+
+
+def _names(group: list[Cut]) -> str:
+    return ", ".join(repr(cut.block.name) for cut in group)
+
+
+def _bind(stand_in: Callable[..., Any], scope: str) -> Callable[..., Any]:
+    def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        return stand_in(scope, module, args, kwargs, output)
+
+    hook.hfc_stand_in = True  # type: ignore[attr-defined]
+    return hook
+
+
+def _copy(module: nn.Module) -> nn.Module:
+    """A copy that no gradient, hook of ours or compiled call reaches."""
+    double = copy.deepcopy(module)
+    for part in double.modules():
+        for key, hook in list(part._forward_hooks.items()):
+            if getattr(hook, "hfc_stand_in", False):
+                part._forward_hooks.pop(key)
+                part._forward_hooks_with_kwargs.pop(key, None)
+    return double.requires_grad_(False)
+
+
+def _finder(double: nn.Module, scope: str) -> Callable[[str], nn.Module]:
+    def find(name: str) -> nn.Module:
+        return double.get_submodule(name[len(scope) :].lstrip(".") if scope else name)
+
+    return find
+
+
+def _randomize(module: nn.Module) -> None:
+    """Every weight drawn anew around its mean, at its own spread but never less than 0.02."""
+    draw = torch.Generator().manual_seed(0)
+    for tensor in module.parameters():
+        if tensor.is_floating_point():
+            spread = tensor.std().nan_to_num().item() if tensor.numel() > 1 else 0.0
+            noise = torch.randn(tensor.shape, generator=draw).to(tensor.device, tensor.dtype)
+            tensor.copy_(tensor.mean() + noise * max(spread, 0.02))
+
+
+def _prove_structure(module: nn.Module, scope: str, group: list[Cut], cut: Cut, args: Any, kwargs: Any) -> Variant:
+    """The first guess about one block under which cut and mask agree whatever the weights are."""
+
+    def to_float(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.float() if tensor.is_floating_point() else tensor
+
+    args, kwargs = map_tensors(args, to_float), map_tensors(kwargs, to_float)
+    free = _copy(module).float()
+    for other in group:
+        ungate_(_finder(free, scope)(other.block.out))
+    _randomize(free)
+    plain = free(*args, **kwargs)
+    gate_(_finder(free, scope)(cut.block.out)).copy_(cut.gate())
+    masked = free(*args, **kwargs)
+    first = tensors_in(plain)[:1], tensors_in(masked)[:1]
+    if not first[0] or (len(cut.kept) < cut.block.size and difference(first[0][0][1], first[1][0][1]) == 0.0):
+        raise CompressionError(
+            f"Cannot prove a cut of {cut.block.name!r}: masking its output projection {cut.block.out!r} changes nothing, "
+            "so what `discover` took for heads or neurons is something else. Leave it out of the plan."
+        )
+    worst = float("inf")
+    for variant in variants(cut.block):
+        double = copy.deepcopy(free)
+        try:
+            cut_(_finder(double, scope), cut, variant)
+            worst = difference(first[1][0][1], tensors_in(double(*args, **kwargs))[0][1])
+        except (RuntimeError, ValueError, IndexError, TypeError, AttributeError) as error:
+            reason = f"{type(error).__name__}: {str(error).splitlines()[0]}" if str(error) else type(error).__name__
+            continue
+        reason = f"cut and mask differ by {worst:.1e} of the largest output"
+        if worst <= tolerance(torch.float32):
+            return variant
+    raise CompressionError(
+        f"Cannot cut {cut.block.name!r} ({type(module).__name__}) exactly, so nothing was changed: {reason}. "
+        "Its heads or neurons are tied to something that is not known here; leave it out of the plan."
+    )
+
+
+def _compare(expected: Any, got: Any, what: str, first_only: bool = False) -> None:
+    one, other = tensors_in(expected), tensors_in(got)
+    if first_only:
+        one, other = one[:1], other[:1]
+    for (name, a), (_, b) in zip(one, other, strict=True):
+        worst = difference(a, b)
+        if worst > tolerance(a.dtype):
+            raise CompressionError(
+                f"Nothing was changed: {what} differs from its mask by {worst:.1e} of the largest value"
+                f"{f' in {name!r}' if name else ''}, more than {tolerance(a.dtype):.0e}."
+            )

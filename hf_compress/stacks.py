@@ -1,0 +1,139 @@
+"""Whole layers, removed: the stack itself, the indices that layers carry, and the numbers in the configs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from .cutting import Undo
+from .modules import ConfigView
+
+# what a module calls its place in the stack
+INDEX = ("layer_idx", "layer_id", "layer_index", "layer_number", "block_idx")
+# what configs call the number of layers: of the only stack, or of one side
+DEPTH = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")
+DEPTH_OF = {
+    "encoder": ("encoder_layers", "num_encoder_layers", *DEPTH),
+    "decoder": ("decoder_layers", "num_decoder_layers"),
+}
+# a module of the first layer that computes something for all layers, and the flag that says so: it must move along
+CARRIED = (("relative_attention_bias", "has_relative_attention_bias"),)
+
+
+def remove_layers_(model: nn.Module, removed: dict[str, tuple[int, ...]], undo: Undo) -> dict[str, dict[str, Any]]:
+    """Keep these layers of these stacks, in place.
+
+    Returns:
+        the attributes that were changed, as `cutting.cut_` records them, under the names that layers have now.
+    """
+    record: dict[str, dict[str, Any]] = {}
+    for path, kept in removed.items():
+        stack = model.get_submodule(path)
+        before = dict(stack._modules)
+        undo.append(lambda stack=stack, before=before: _replace(stack, before))
+        depth = len(before)
+        if kept[0] != 0:
+            _carry(before["0"], before[str(kept[0])], undo)
+        _replace(stack, {str(new): before[str(old)] for new, old in enumerate(kept)})
+        for new, old in enumerate(kept):
+            for name, module in stack._modules[str(new)].named_modules():  # type: ignore[union-attr]
+                for attribute in INDEX:
+                    if type(getattr(module, attribute, None)) is int and getattr(module, attribute) == old != new:
+                        undo.append(lambda m=module, a=attribute, v=old: setattr(m, a, v))
+                        setattr(module, attribute, new)
+                        full = f"{path}.{new}" + (f".{name}" if name else "")
+                        record.setdefault(full, {}).setdefault("attributes", {})[attribute] = new
+        for config, names in _configs(model, path):
+            _count(config, names, path, depth, kept, undo)
+    return record
+
+
+def _replace(stack: nn.Module, entries: dict[str, Any]) -> None:
+    stack._modules.clear()
+    stack._modules.update(entries)
+
+
+def _carry(first: Any, new_first: Any, undo: Undo) -> None:
+    """Move what only the first layer has, and every layer uses, to the layer that comes first now."""
+    for (_, module), (_, target) in zip(first.named_modules(), new_first.named_modules(), strict=False):
+        for child, flag in CARRIED:
+            if getattr(module, flag, False) is True and getattr(target, flag, None) is False:
+
+                def back(target=target, child=child, flag=flag) -> None:
+                    del target._modules[child]
+                    setattr(target, flag, False)
+
+                undo.append(back)
+                target._modules[child] = module._modules[child]
+                setattr(target, flag, True)
+
+
+def _configs(model: nn.Module, path: str) -> Iterator[tuple[Any, tuple[str, ...]]]:
+    """Every config that counts this stack, with the names that it may use for that."""
+    names = dict(model.named_modules())
+    lists = [n for n, m in names.items() if isinstance(m, nn.ModuleList) and n != path and len(m) > 0]
+    own = {id(_base(m.config)) for n, m in names.items() if hasattr(m, "config") and n and path.startswith(f"{n}.")}
+    own |= {id(_base(m.config)) for n, m in names.items() if hasattr(m, "config") and n.startswith(f"{path}.")}
+    side = next((word for word in reversed(path.split(".")) if word in DEPTH_OF), None)
+    other = {"encoder": "decoder", "decoder": "encoder"}.get(side or "", "")
+    two_sided = any(other in n.split(".") for n in lists) if other else False
+    seen: set[int] = set()
+    root = getattr(model, "config", None)
+    for module in names.values():
+        config = _base(getattr(module, "config", None))
+        if config is None or id(config) in seen or not hasattr(config, "__dict__"):
+            continue
+        seen.add(id(config))
+        if config is _base(root) and two_sided:
+            yield config, DEPTH_OF[side]  # type: ignore[index]
+        elif id(config) in own or config is _base(root) and id(config) in own:
+            shared = two_sided and any(
+                _base(m.config) is config for n, m in names.items() if hasattr(m, "config") and other in n.split(".")
+            )
+            yield config, DEPTH_OF[side] if shared else (*DEPTH, *DEPTH_OF.get(side or "", ()))  # type: ignore[index]
+
+
+def _base(config: Any) -> Any:
+    return config._hfc_base if isinstance(config, ConfigView) else config
+
+
+def _count(config: Any, names: tuple[str, ...], path: str, depth: int, kept: tuple[int, ...], undo: Undo) -> None:
+    values = vars(config)
+    stage = next((int(word) for word in reversed(path.split(".")) if word.isdigit()), None)
+    for name, value in list(values.items()):
+        new: Any = value
+        if name in names and type(value) is int and value == depth:
+            new = len(kept)
+        elif name == "depths" and isinstance(value, list | tuple) and stage is not None and stage < len(value):
+            new = [len(kept) if i == stage else n for i, n in enumerate(value)]
+        elif "layer" in name and isinstance(value, list | tuple) and len(value) == depth and stage is None:
+            new = [value[i] for i in kept]
+        if new != value:
+            undo.append(lambda c=config, n=name, v=value: c.__dict__.__setitem__(n, v))
+            config.__dict__[name] = new
+
+
+def config_numbers(model: nn.Module) -> dict[str, Any]:
+    """The values of the model's config that removing layers may change: what a loader needs to build all layers."""
+    from copy import deepcopy
+
+    found: dict[str, Any] = {}
+    every = {*DEPTH, *DEPTH_OF["encoder"], *DEPTH_OF["decoder"], "depths"}
+    for name, config in config_parts(model):
+        for key, value in vars(config).items():
+            if key in every or ("layer" in key and isinstance(value, list | tuple)):
+                found[f"{name}.{key}".lstrip(".")] = deepcopy(value)
+    return found
+
+
+def config_parts(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """The model's config, under "", and its sub-configs, by name."""
+    config = getattr(model, "config", None)
+    if config is None:
+        return
+    yield "", config
+    for name in getattr(type(config), "sub_configs", {}):
+        if getattr(config, name, None) is not None:
+            yield name, getattr(config, name)
