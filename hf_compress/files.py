@@ -35,11 +35,13 @@ def staged(folder: str | os.PathLike, remove: Iterable[str] = ()) -> Iterator[Pa
         for path in sorted(p for p in stage.rglob("*") if p.is_file()):
             with path.open("rb") as written:
                 os.fsync(written.fileno())
+        replaced = set()
         for path in sorted(p for p in stage.rglob("*") if p.is_file()):
+            replaced.add(str(path.relative_to(stage)))
             target = folder / path.relative_to(stage)
             target.parent.mkdir(parents=True, exist_ok=True)
             os.replace(path, target)
-        for name in remove:
+        for name in set(remove) - replaced:
             (folder / name).unlink(missing_ok=True)
     except OSError as error:
         raise CompressionError(

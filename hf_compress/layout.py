@@ -7,7 +7,7 @@ written loads whatever `discover` learns later.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from typing import Any
 
@@ -78,53 +78,59 @@ def skeleton(model: nn.Module, numbers: Mapping[str, Any] | None = None) -> nn.M
         return None
 
 
-def differs(model: nn.Module, stock: nn.Module, ignore_shapes: bool = False, within: tuple[str, ...] = ("",)) -> str | None:
-    """The first place where a model is not what its config builds: a class, a shape or an attribute; None if nowhere."""
+def differs(model: nn.Module, stock: nn.Module, exact: set[str]) -> str | None:
+    """The first place where a model is not what its config builds, None if nowhere.
+
+    Classes and shapes are compared everywhere, numbers on the modules named in `exact`: elsewhere some models change
+    theirs while they run.
+    """
     theirs = dict(stock.named_modules())
     for name, module in model.named_modules():
-        if not any(not w or name == w or name.startswith(f"{w}.") for w in within):
-            continue
         other = theirs.get(name)
-        kind = PLAIN.get(type(module), nn.Linear if isinstance(module, LockedLinear) else type(module))
-        if other is None or kind is not type(other):
+        if other is None or not _same_kind(module, other) or hasattr(module, "hfc_heads"):
             return name
-        if set(module._parameters) != set(other._parameters) or hasattr(module, "hfc_heads"):
-            return name
-        if ignore_shapes:
-            mine = {k for k, v in module._parameters.items() if v is not None}
-            if mine != {k for k, v in other._parameters.items() if v is not None}:
-                return name
-            continue
         for tensors in ("_parameters", "_buffers"):
             for key, tensor in getattr(other, tensors).items():
                 ours = getattr(module, tensors).get(key)
                 if (tensor is None) != (ours is None) or (tensor is not None and tensor.shape != ours.shape):
                     return f"{name}.{key}"
-        for key, value in vars(other).items():
-            if isinstance(value, bool | int | float) and key not in PASSING and not key.startswith("_"):
-                if getattr(module, key, None) != value:
-                    return f"{name}.{key}"
+        if name in exact:
+            place = _number_that_differs(module, other, ())
+            if place is not None:
+                return f"{name}.{place}"
+    return None
+
+
+def _same_kind(module: nn.Module, other: nn.Module) -> bool:
+    kind = PLAIN.get(type(module), nn.Linear if isinstance(module, LockedLinear) else type(module))
+    mine = {k for k, v in module._parameters.items() if v is not None}
+    # by name: torch makes a new class for every parametrized module
+    return kind.__name__ == type(other).__name__ and mine == {k for k, v in other._parameters.items() if v is not None}
+
+
+def _number_that_differs(module: nn.Module, other: nn.Module, ignore: Iterable[str]) -> str | None:
+    for key, value in vars(other).items():
+        if isinstance(value, bool | int | float | str) and key not in PASSING and not key.startswith("_"):
+            if key not in ignore and getattr(module, key, None) != value:
+                return key
     return None
 
 
 def layers_differ(model: nn.Module, stock: nn.Module, paths: tuple[str, ...], touched: Mapping[str, Any]) -> str | None:
     """Whether the layers that stay are those that a config with fewer layers builds, apart from what was recorded."""
-    place = differs(model, stock, ignore_shapes=True, within=paths)
-    if place is not None:
-        return place
     theirs = dict(stock.named_modules())
     for name, module in model.named_modules():
-        if not any(name.startswith(f"{path}.") for path in paths):
+        if not any(name == path or name.startswith(f"{path}.") for path in paths):
             continue
-        known = touched.get(name, {}).get("attributes", {})
-        for key, value in vars(theirs[name]).items():
-            if isinstance(value, bool | int | float | str) and key not in PASSING and not key.startswith("_"):
-                if key not in known and getattr(module, key, None) != value:
-                    return f"{name}.{key}"
+        if name not in theirs or not _same_kind(module, theirs[name]):
+            return name
+        place = _number_that_differs(module, theirs[name], touched.get(name, {}).get("attributes", {}))
+        if place is not None:
+            return f"{name}.{place}"
     return None
 
 
-def stock_numbers(model: nn.Module, structure: Any) -> dict[str, Any] | None:
+def stock_numbers(model: nn.Module, structure: Any, touched: Iterable[str]) -> dict[str, Any] | None:
     """The config values under which plain transformers builds this model, or None: what makes a checkpoint *stock*.
 
     A guess (one size in all blocks of a config, written under the names that configs use) that is then checked: a
@@ -158,9 +164,11 @@ def stock_numbers(model: nn.Module, structure: Any) -> dict[str, Any] | None:
         elif heads and len({b.head_dim for b in heads}) == 1 and heads[0].num_heads != getattr(config, "num_attention_heads", 0):
             numbers[f"{part}.head_dim".lstrip(".")] = heads[0].head_dim  # read by many models, stored by few
     changed = {k: v for k, v in numbers.items() if getattr(parts[k.rpartition(".")[0]], k.rpartition(".")[2], None) != v}
+    blocks = (*structure.attentions, *structure.ffns)
+    exact = {*touched, *(b.name for b in blocks), *(part.module for b in blocks for part in b.parts)}
     for candidate in ({}, changed):
         stock = skeleton(model, candidate)
-        if stock is not None and differs(model, stock) is None:
+        if stock is not None and differs(model, stock, exact) is None:
             return candidate
     return None
 

@@ -45,6 +45,13 @@ def remove_layers_(model: nn.Module, removed: dict[str, tuple[int, ...]], undo: 
                         setattr(module, attribute, new)
                         full = f"{path}.{new}" + (f".{name}" if name else "")
                         record.setdefault(full, {}).setdefault("attributes", {})[attribute] = new
+        parent = path.rpartition(".")[0]
+        for attribute in DEPTH:  # DistilBERT's stack counts its layers itself
+            owner = model.get_submodule(parent)
+            if type(getattr(owner, attribute, None)) is int and getattr(owner, attribute) == depth:
+                undo.append(lambda m=owner, a=attribute: setattr(m, a, depth))
+                setattr(owner, attribute, len(kept))
+                record.setdefault(parent, {}).setdefault("attributes", {})[attribute] = len(kept)
         for config, names in _configs(model, path):
             _count(config, names, path, depth, kept, undo)
     return record
@@ -101,10 +108,12 @@ def _base(config: Any) -> Any:
 
 def _count(config: Any, names: tuple[str, ...], path: str, depth: int, kept: tuple[int, ...], undo: Undo) -> None:
     values = vars(config)
+    if len(values.get("stage_names") or ()) == depth + 1:
+        _name_stages(config, kept, undo)
     stage = next((int(word) for word in reversed(path.split(".")) if word.isdigit()), None)
     for name, value in list(values.items()):
         new: Any = value
-        if name in names and type(value) is int and value == depth:
+        if name in names and type(value) is int and value == depth and stage is None:
             new = len(kept)
         elif name == "depths" and isinstance(value, list | tuple) and stage is not None and stage < len(value):
             new = [len(kept) if i == stage else n for i, n in enumerate(value)]
@@ -113,6 +122,17 @@ def _count(config: Any, names: tuple[str, ...], path: str, depth: int, kept: tup
         if new != value:
             undo.append(lambda c=config, n=name, v=value: c.__dict__.__setitem__(n, v))
             config.__dict__[name] = new
+
+
+def _name_stages(config: Any, kept: tuple[int, ...], undo: Undo) -> None:
+    """A backbone's names for its layers, and those of its outputs that stay (the last layer where none does)."""
+    before = {name: config.__dict__.get(name) for name in ("stage_names", "_out_features", "_out_indices")}
+    undo.append(lambda: config.__dict__.update(before))
+    old = before["_out_indices"] or [len(kept)]
+    chosen = [i for i in old if i == 0] + [kept.index(i - 1) + 1 for i in old if i > 0 and i - 1 in kept]
+    names = ["stem", *(f"stage{i + 1}" for i in range(len(kept)))]
+    indices = chosen or [len(kept)]
+    config.__dict__.update(stage_names=names, _out_indices=indices, _out_features=[names[i] for i in indices])
 
 
 def config_numbers(model: nn.Module) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from .cutting import Cut, Undo, Variant, cut_, is_plain_linear
 from .discover import discover
-from .layout import differs, layers_differ, merge, renamed, skeleton, stock_numbers
+from .layout import layers_differ, merge, renamed, skeleton, stock_numbers
 from .loader import HfCompressConfig, compression_of
 from .modules import LockedLinear, gate_, is_gated, ungate_
 from .plan import CompressionError, Plan
@@ -177,6 +177,15 @@ def apply_(model: nn.Module, plan: Plan, *, inputs: Mapping[str, Any] | None = N
     return outer
 
 
+def prove_plan(model: nn.Module, plan: Plan, inputs: Mapping[str, Any] | None = None) -> None:
+    """Refuse what `apply_` would refuse, and change nothing either way."""
+    model = _unwrapped(model)
+    resolved = resolve(model, plan)
+    _check_modules(model, resolved.cuts)
+    _check_sharing(model, resolved.cuts)
+    _prove_all(model, resolved, inputs)
+
+
 def _joined(old: Mapping[str, Any] | None, new: Mapping[str, Any]) -> dict[str, Any]:
     joined = dict(old or {})
     for key, value in new.items():
@@ -337,7 +346,7 @@ def _stamp(
     undo.append(restore)
     if gone:
         _record_layers(owner, layout, gone, numbers_before, undo)  # type: ignore[arg-type]
-    stock = None if layout.get("layers") else stock_numbers(owner, discover(owner))
+    stock = None if layout.get("layers") else stock_numbers(owner, discover(owner), layout["modules"])
     if stock is not None:
         config.__dict__.pop("quantization_config", None)
         parts = dict(config_parts(owner))
@@ -383,5 +392,3 @@ def _lock(owner: PreTrainedModel, layout: dict, undo: Undo) -> None:
             return
     raise CompressionError(f"{type(owner).__name__} has no Linear that could mark the checkpoint as compressed.")
 
-
-__all__ = ["Mask", "apply_", "differs", "mask_"]

@@ -1,0 +1,363 @@
+"""What a model costs, measured: size, work, and time beside a baseline in the same run."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import random
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm.auto import tqdm
+
+from .discover import discover
+from .plan import CompressionError
+from .probe import quiet_run
+
+Metrics = Mapping[str, float] | Callable[[nn.Module], Mapping[str, float]] | None
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Seconds per forward pass."""
+
+    median: float
+    low: float  # first quartile
+    high: float  # third quartile
+    repeats: int
+
+    def __str__(self) -> str:
+        return f"{self.median * 1e3:.2f} ms [{self.low * 1e3:.2f}-{self.high * 1e3:.2f}]"
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one model costs on one batch."""
+
+    parameters: int
+    parameters_encoder: int
+    bytes: int
+    macs: int
+    latency: Latency
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `measure` found. Prints as a table.
+
+    Attributes:
+        model (`Cost`): of the model.
+        against (`Cost`, *optional*): of the baseline, timed in turn with it.
+        speedup (`float`, *optional*): median over pairs of runs of (baseline time / model time).
+        speedup_interval (`tuple[float, float]`, *optional*): its 95% bootstrap interval.
+        speedup_allowed (`float`, *optional*): what Amdahl's law allows: see `measure`.
+        conditions (`dict`): hardware, threads, dtype, shapes and versions.
+    """
+
+    model: Cost
+    against: Cost | None
+    speedup: float | None
+    speedup_interval: tuple[float, float] | None
+    speedup_allowed: float | None
+    conditions: dict[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready dict."""
+        return json.loads(json.dumps(asdict(self)))
+
+    def __str__(self) -> str:
+        a, b = self.model, self.against
+        rows: list[tuple[str, str, str, str]] = [("", "model", "against" if b else "", "ratio" if b else "")]
+
+        def add(name: str, one: float, other: float | None, show: Callable[[float], str]) -> None:
+            ratio = f"{one / other:.3f}" if other else ""
+            rows.append((name, show(one), show(other) if other is not None else "", ratio))
+
+        add("parameters", a.parameters, b and b.parameters, lambda v: f"{v:,.0f}")
+        add("  encoder only", a.parameters_encoder, b and b.parameters_encoder, lambda v: f"{v:,.0f}")
+        add("bytes on disk", a.bytes, b and b.bytes, lambda v: f"{v:,.0f}")
+        add("MACs", a.macs, b and b.macs, lambda v: f"{v:,.0f}")
+        rows.append(("latency", str(a.latency), str(b.latency) if b else "", ""))
+        for name, value in a.metrics.items():
+            add(name, value, b.metrics.get(name) if b else None, lambda v: f"{v:.4f}")
+        widths = [max(len(row[i]) for row in rows) for i in range(4)]
+        lines = [
+            (f"{r[0]:<{widths[0]}}  " + "  ".join(f"{c:>{w}}" for c, w in zip(r[1:], widths[1:], strict=True))).rstrip()
+            for r in rows
+        ]
+        if self.speedup is not None and self.speedup_interval is not None:
+            low, high = self.speedup_interval
+            lines.append(f"speed-up {self.speedup:.2f}x (95% interval {low:.2f}-{high:.2f}); Amdahl's law allows {self.speedup_allowed:.2f}x")
+        shown = {k: v for k, v in self.conditions.items() if k not in ("shapes", "platform")}
+        shapes = ", ".join(f"{k} {'x'.join(map(str, v))}" for k, v in self.conditions["shapes"].items())
+        lines.append("; ".join([*(f"{k} {v}" for k, v in shown.items()), shapes]))
+        return "\n".join(lines)
+
+
+def measure(
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    *,
+    against: nn.Module | None = None,
+    metrics: Metrics = None,
+    metrics_against: Metrics = None,
+    repeats: int = 20,
+    warmup: int = 3,
+) -> Report:
+    """What a model costs on one batch, beside a baseline that is timed in turn with it.
+
+    - *Parameters* in total and without embeddings (a small encoder is half embeddings); *bytes* as safetensors holds
+      them, tied weights once.
+    - *MACs*: half the floating-point operations that torch's own counter sees in one forward pass, attention included.
+    - *Latency*: median and quartiles over `repeats` forward passes after `warmup`; with a baseline, the two take turns,
+      the order changing at random, and the speed-up is the median over pairs with a 95% bootstrap interval.
+    - *What Amdahl's law allows*: the baseline's time `T` is split over its modules by timing hooks; a module that was
+      cut keeps the share `r` of its work (MACs; for attention itself, heads), one that was not keeps all:
+      `T / sum(t_i * r_i)` (Amdahl 1967). The achieved speed-up usually lies below it; above, where a cut helps caches.
+
+    Args:
+        model (`nn.Module`): the model.
+        inputs (`dict`): one batch, as for `model(**inputs)`; its shapes are part of the result.
+        against (`nn.Module`, *optional*): the baseline.
+        metrics (`dict` or `Callable`, *optional*): task metrics of the model, or a function from a model to them, which is
+            then called for the baseline too.
+        metrics_against (`dict`, *optional*): those of the baseline, where `metrics` is a dict.
+        repeats (`int`, defaults to 20): timed passes of each model.
+        warmup (`int`, defaults to 3): passes before them.
+
+    Returns:
+        `Report`: `print` it, or `.to_dict()`.
+
+    Raises:
+        CompressionError: inputs that are no batch, or a count below one.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from transformers import BertConfig, BertModel
+    >>> from hf_compress import KeepNeurons, Plan, apply_, measure
+    >>> config = BertConfig(
+    ...     vocab_size=99, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64,
+    ... )
+    >>> dense, small = BertModel(config), BertModel(config)
+    >>> _ = apply_(small, Plan([KeepNeurons("encoder.layer.0", range(32))]))
+    >>> report = measure(small, {"input_ids": torch.ones(2, 8, dtype=torch.long)}, against=dense, repeats=2)
+    >>> report.against.parameters - report.model.parameters == 32 * (32 + 1) + 32 * 32
+    True
+
+    ```
+    """
+    if not isinstance(inputs, Mapping) or not any(isinstance(v, torch.Tensor) for v in inputs.values()):
+        raise CompressionError(f"inputs must be a batch as for model(**inputs), got {type(inputs).__name__}.")
+    if repeats < 1 or warmup < 0:
+        raise CompressionError(f"repeats must be >= 1 and warmup >= 0, got {repeats} and {warmup}.")
+    models = [model] if against is None else [model, against]
+    with quiet_run(model) as run:
+        if against is None:
+            times = _take_turns([lambda: run(inputs)], repeats, warmup)
+            costs = [_cost(model, run, inputs, times[0])]
+            speedup = interval = allowed = None
+        else:
+            with quiet_run(against) as run_against:
+                times = _take_turns([lambda: run(inputs), lambda: run_against(inputs)], repeats, warmup)
+                costs = [_cost(m, r, inputs, t) for m, r, t in zip(models, (run, run_against), times, strict=True)]
+                allowed = _allowed(model, against, run, run_against, inputs)
+            ratios = [b / a for a, b in zip(*times, strict=True)]
+            speedup, interval = statistics.median(ratios), _bootstrap(ratios)
+    found = [_metrics(metrics, model), _metrics(metrics_against or (metrics if callable(metrics) else None), against)]
+    costs = [Cost(**{**vars(cost), "metrics": values}) for cost, values in zip(costs, found, strict=False)]
+    baseline = costs[1] if against is not None else None
+    return Report(costs[0], baseline, speedup, interval, allowed, _conditions(model, inputs))
+
+
+def _cost(model: nn.Module, run: Callable[..., Any], inputs: Mapping[str, Any], times: list[float]) -> Cost:
+    unique = {id(p): p for p in model.parameters()}
+    embedded = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
+    stored: dict[tuple[int, int], int] = {}
+    for tensor in model.state_dict().values():
+        stored[(tensor.untyped_storage().data_ptr(), tensor.storage_offset())] = tensor.numel() * tensor.element_size()
+    quartiles = statistics.quantiles(times, n=4) if len(times) > 1 else [times[0]] * 3
+    return Cost(
+        parameters=sum(p.numel() for p in unique.values()),
+        parameters_encoder=sum(p.numel() for i, p in unique.items() if i not in embedded),
+        bytes=sum(stored.values()),
+        macs=sum(_macs(model, run, inputs).values()),
+        latency=Latency(statistics.median(times), quartiles[0], quartiles[2], len(times)),
+    )
+
+
+def _macs(model: nn.Module, run: Callable[..., Any], inputs: Mapping[str, Any]) -> dict[str, int]:
+    """Multiply-accumulates of one forward pass, by the path of the innermost module that did them."""
+    counter = FlopCounterMode(display=False)
+    with counter, sdpa_kernel(SDPBackend.MATH):  # the fused CPU kernels are not known to the counter
+        run(inputs)
+    counts = {name: sum(ops.values()) // 2 for name, ops in counter.get_flop_counts().items()}
+    root = type(model).__name__
+    totals = {name.removeprefix(root).lstrip("."): n for name, n in counts.items() if name != "Global"}
+    own: dict[str, int] = {}
+    for name, total in totals.items():
+        children = (n for n in totals if n != name and n.rpartition(".")[0] == name) if name else ()
+        own[name] = total - sum(totals[c] for c in children)
+    inner = sum(n for name, n in own.items() if name)
+    own[""] = counts.get("Global", inner) - inner
+    return own
+
+
+def _take_turns(runs: list[Callable[[], Any]], repeats: int, warmup: int) -> list[list[float]]:
+    """Times of each, one after the other in every round, in random order."""
+    for _ in range(warmup):
+        for run in runs:
+            run()
+    times: list[list[float]] = [[] for _ in runs]
+    order = random.Random(0)
+    for _ in tqdm(range(repeats), desc="time", leave=False, disable=None, delay=3):
+        for i in order.sample(range(len(runs)), len(runs)):
+            _wait()
+            start = time.perf_counter()
+            runs[i]()
+            _wait()
+            times[i].append(time.perf_counter() - start)
+    return times
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def _bootstrap(values: list[float], draws: int = 2000) -> tuple[float, float]:
+    """95% interval of the median."""
+    pick = random.Random(0)
+    medians = sorted(statistics.median(pick.choices(values, k=len(values))) for _ in range(draws))
+    return medians[int(0.025 * draws)], medians[int(0.975 * draws)]
+
+
+def _allowed(
+    model: nn.Module,
+    against: nn.Module,
+    run: Callable[..., Any],
+    run_against: Callable[..., Any],
+    inputs: Mapping[str, Any],
+) -> float:
+    """Amdahl's ceiling, from where the baseline spends its time and what is left of each part's work."""
+    spent, total = _time_by_module(against, lambda: run_against(inputs))
+    work, work_before = _output_sizes(model, lambda: run(inputs)), _output_sizes(against, lambda: run_against(inputs))
+    heads = {a.name: a.num_heads for a in discover(model).attentions}
+    heads_before = {a.name: a.num_heads for a in discover(against).attentions}
+    saved = 0.0
+    for name, seconds in spent.items():
+        if name in heads_before and not _is_leaf(against, name):
+            left = heads.get(name, 0) / heads_before[name]
+        elif name in work_before and work_before[name]:
+            left = work.get(name, 0) / work_before[name]
+        else:
+            continue
+        saved += seconds * max(0.0, 1 - left)
+    return total / max(total - saved, 1e-12)
+
+
+def _is_leaf(model: nn.Module, name: str) -> bool:
+    return not any(True for _ in model.get_submodule(name).children())
+
+
+def _time_by_module(model: nn.Module, run: Callable[[], Any], rounds: int = 3) -> tuple[dict[str, float], float]:
+    """Seconds in each module without its children, and in all; medians over rounds."""
+    names = {module: name for name, module in model.named_modules()}
+    own: dict[str, list[float]] = {}
+    stack: list[list[float]] = []
+
+    def before(module: nn.Module, args: Any) -> None:
+        stack.append([time.perf_counter(), 0.0])
+
+    def after(module: nn.Module, args: Any, output: Any) -> None:
+        _wait()
+        start, inside = stack.pop()
+        elapsed = time.perf_counter() - start
+        now[names[module]] = now.get(names[module], 0.0) + elapsed - inside
+        if stack:
+            stack[-1][1] += elapsed
+
+    hooks = [m.register_forward_pre_hook(before) for m in names] + [m.register_forward_hook(after) for m in names]
+    totals = []
+    try:
+        for _ in range(rounds):
+            now: dict[str, float] = {}
+            run()
+            totals.append(sum(now.values()))
+            for name, seconds in now.items():
+                own.setdefault(name, []).append(seconds)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {name: statistics.median(times) for name, times in own.items()}, statistics.median(totals)
+
+
+def _output_sizes(model: nn.Module, run: Callable[[], Any]) -> dict[str, float]:
+    """Work of every module without children: weights touched times positions for layers with weights, else outputs."""
+    sizes: dict[str, float] = {}
+    hooks = []
+    for name, module in model.named_modules():
+        if any(True for _ in module.children()):
+            continue
+
+        def after(module: nn.Module, args: Any, output: Any, name: str = name) -> None:
+            tensor = output if isinstance(output, torch.Tensor) else None
+            if tensor is None:
+                return
+            weight = getattr(module, "weight", None)
+            depth = weight.numel() / weight.shape[0] if isinstance(weight, torch.Tensor) and weight.ndim > 1 else 1.0
+            if isinstance(module, nn.Embedding):
+                depth = 1.0
+            elif type(module).__name__ in ("Conv1D", "GatedConv1D") and isinstance(weight, torch.Tensor):
+                depth = float(weight.shape[0])
+            sizes[name] = sizes.get(name, 0.0) + tensor.numel() * depth
+
+        hooks.append(module.register_forward_hook(after))
+    try:
+        run()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return sizes
+
+
+def _metrics(metrics: Metrics, model: nn.Module | None) -> dict[str, float]:
+    if metrics is None or model is None:
+        return {}
+    return {name: float(value) for name, value in (metrics(model) if callable(metrics) else metrics).items()}
+
+
+def _conditions(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    import transformers
+
+    parameter = next(model.parameters(), None)
+    device = "cpu" if parameter is None else str(parameter.device)
+    return {
+        "hardware": torch.cuda.get_device_name() if device.startswith("cuda") else _processor(),
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "dtype": "none" if parameter is None else str(parameter.dtype).removeprefix("torch."),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "platform": platform.platform(),
+        "shapes": {k: list(v.shape) for k, v in inputs.items() if isinstance(v, torch.Tensor)},
+    }
+
+
+def _processor() -> str:
+    if os.path.exists("/proc/cpuinfo"):
+        with open("/proc/cpuinfo") as file:
+            names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
+        if names:
+            return f"{names[0]} ({os.cpu_count()} cores)"
+    return f"{platform.processor() or platform.machine()} ({os.cpu_count()} cores)"

