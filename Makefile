@@ -1,0 +1,35 @@
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+WORKERS ?= 2
+
+.PHONY: demo test test-all lint benchmark overhead families clean
+
+$(VENV)/.installed: setup.cfg pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install -c constraints.txt -e '.[dev,benchmark]'
+	touch $@
+
+demo: $(VENV)/.installed  ## compress a real model on real data; ARGS="--model ... --dataset ..." takes any from the Hub
+	$(VENV)/bin/python scripts/demo.py $(ARGS)
+
+test: $(VENV)/.installed  ## the default suite
+	HF_HUB_OFFLINE=1 $(VENV)/bin/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
+
+test-all: $(VENV)/.installed  ## with the slow ones
+	HF_HUB_OFFLINE=1 $(VENV)/bin/python -m pytest -n $(WORKERS) --dist worksteal -m "slow or not slow" $(ARGS)
+
+lint: $(VENV)/.installed
+	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/pyright
+
+benchmark: $(VENV)/.installed  ## MiniLM on SST-2, half of the heads and neurons
+	HF_HUB_OFFLINE=1 $(VENV)/bin/python scripts/benchmark_text.py $(ARGS)
+
+overhead: $(VENV)/.installed  ## what masks, planning and loading cost
+	HF_HUB_OFFLINE=1 $(VENV)/bin/python scripts/benchmark_overhead.py $(ARGS)
+
+families: $(VENV)/.installed  ## the families x edits table
+	HF_HUB_OFFLINE=1 $(VENV)/bin/python scripts/families.py $(ARGS)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info runs
