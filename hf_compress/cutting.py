@@ -174,5 +174,3 @@ def _set(module: nn.Module, name: str, value: int, entry: dict, undo: Undo) -> N
 def is_plain_linear(module: nn.Module) -> bool:
     """Whether a projection is what it seems, and not a quantized or adapted subclass."""
     return type(module) in GATED or type(module) in GATED.values() or type(module).__name__ == "LockedLinear"
-
-

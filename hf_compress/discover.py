@@ -213,11 +213,7 @@ def discover(model: nn.Module) -> Structure:
             for name, m in modules.items()
             if isinstance(m, nn.Conv1d | nn.Conv2d | nn.Conv3d)
         ),
-        tuple(
-            Embedding(name, m.num_embeddings, m.embedding_dim)
-            for name, m in modules.items()
-            if isinstance(m, nn.Embedding)
-        ),
+        tuple(Embedding(name, m.num_embeddings, m.embedding_dim) for name, m in modules.items() if isinstance(m, nn.Embedding)),
     )
 
 

@@ -161,7 +161,9 @@ def stock_numbers(model: nn.Module, structure: Any, touched: Iterable[str]) -> d
                         numbers[f"{part}.{name}".lstrip(".")] = of_side[0]
         if heads and "head_dim" in vars(config) and len({b.head_dim for b in heads}) == 1:
             numbers[f"{part}.head_dim".lstrip(".")] = heads[0].head_dim
-        elif heads and len({b.head_dim for b in heads}) == 1 and heads[0].num_heads != getattr(config, "num_attention_heads", 0):
+        elif (
+            heads and len({b.head_dim for b in heads}) == 1 and heads[0].num_heads != getattr(config, "num_attention_heads", 0)
+        ):
             numbers[f"{part}.head_dim".lstrip(".")] = heads[0].head_dim  # read by many models, stored by few
     changed = {k: v for k, v in numbers.items() if getattr(parts[k.rpartition(".")[0]], k.rpartition(".")[2], None) != v}
     blocks = (*structure.attentions, *structure.ffns)
@@ -202,10 +204,14 @@ def check(layout: Any) -> Layout:
             raise CompressionError(f"The layout's entry for {name!r} is not a dict.")
         for key, value in entry.items():
             if key not in kinds or not isinstance(value, kinds[key]):
-                raise CompressionError(f"The layout says {key!r}: {value!r} for {name!r}, which no hf_compress of this version writes.")
+                raise CompressionError(
+                    f"The layout says {key!r}: {value!r} for {name!r}, which no hf_compress of this version writes."
+                )
         for key, shape in entry.get("shapes", {}).items():
             if not isinstance(shape, list) or not all(type(n) is int and n > 0 for n in shape):
-                raise CompressionError(f"The layout gives {name}.{key} the shape {shape!r}; shapes are lists of whole numbers > 0.")
+                raise CompressionError(
+                    f"The layout gives {name}.{key} the shape {shape!r}; shapes are lists of whole numbers > 0."
+                )
         for key in ("attributes", "config"):
             for attribute, value in entry.get(key, {}).items():
                 if type(value) is not int or attribute.startswith("_"):
@@ -231,11 +237,22 @@ def replay_(model: nn.Module, layout: Layout, undo: Undo | None = None) -> None:
         _pick_layers(model, layers, layout.get("numbers", {}))
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
     modules = dict(model.named_modules())
+    found = {
+        name: next((modules[n] for n in (name, name.removeprefix(prefix), prefix + name) if n in modules), None)
+        for name in layout["modules"]
+    }
+    if found and not any(found.values()):
+        raise CompressionError(
+            f"None of the modules that this checkpoint cuts ({next(iter(found))}, ...) is in {type(model).__name__}: the plan is "
+            "for another architecture."
+        )
     for name, entry in layout["modules"].items():
-        module = next((modules[n] for n in (name, name.removeprefix(prefix), prefix + name) if n in modules), None)
+        module = found[name]
         if module is None:
             if name.startswith(prefix) or prefix == ".":
-                raise CompressionError(f"The checkpoint cuts {name!r}, which {type(model).__name__} does not have: another model.")
+                raise CompressionError(
+                    f"The checkpoint cuts {name!r}, which {type(model).__name__} does not have: another model."
+                )
             continue  # a head that this class does not carry
         _replay_module(name, module, entry)
 

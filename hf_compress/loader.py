@@ -161,7 +161,9 @@ def _check_files(files: Any) -> None:
         except (ValueError, KeyError, TypeError, AttributeError):
             end = None
         if end is None or size is None or path.stat().st_size != 8 + size + end:
-            raise CompressionError(f"{path} is truncated or damaged ({path.stat().st_size:,} bytes). Download or save it again.")
+            raise CompressionError(
+                f"{path} is truncated or damaged ({path.stat().st_size:,} bytes). Download or save it again."
+            )
 
 
 if METHOD not in auto.AUTO_QUANTIZER_MAPPING:

@@ -66,9 +66,7 @@ def example_inputs(model: nn.Module, rows: int = 2, length: int = 12) -> dict[st
             f"No example inputs for {type(model).__name__}, whose main input is {main!r}; "
             "pass inputs=... (a small batch, as for model(**inputs))."
         )
-    return {
-        name: value.to(device, dtype if value.is_floating_point() else value.dtype) for name, value in inputs.items()
-    }
+    return {name: value.to(device, dtype if value.is_floating_point() else value.dtype) for name, value in inputs.items()}
 
 
 def _vocabulary(model: nn.Module) -> int:

@@ -120,7 +120,9 @@ def _find(name: str, known: list[str], what: str, model: nn.Module, result: Reso
     if any(result.original(option) is None for option in options):
         raise CompressionError(f"{name!r} is not there any more: an earlier KeepLayers of this plan left fewer layers.")
     if not known:
-        raise CompressionError(f"{type(model).__name__} has no {what} that can be cut, so {name!r} cannot be; see discover(model).")
+        raise CompressionError(
+            f"{type(model).__name__} has no {what} that can be cut, so {name!r} cannot be; see discover(model)."
+        )
     raise CompressionError(
         f"{type(model).__name__} has no {what} named {name!r}{nearest(name, known)} See discover(model) for all {len(known)}."
     )
@@ -140,5 +142,3 @@ def _stack(name: str | None, structure: Structure) -> str:
     if len(matches) == 1:
         return matches[0]
     raise CompressionError(f"No stack is named {name!r}{nearest(name, list(stacks))} This model has {sorted(stacks)}.")
-
-

@@ -82,4 +82,3 @@ def keys_differ(model: torch.nn.Module, checkpoint: str | os.PathLike) -> bool:
             size = struct.unpack("<Q", file.read(8))[0]
             names |= json.loads(file.read(size)).keys() - {"__metadata__"}
     return bool(names) and not names <= model.state_dict().keys()
-

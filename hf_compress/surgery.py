@@ -391,4 +391,3 @@ def _lock(owner: PreTrainedModel, layout: dict, undo: Undo) -> None:
             layout["modules"].setdefault(name, {})["lock"] = True
             return
     raise CompressionError(f"{type(owner).__name__} has no Linear that could mark the checkpoint as compressed.")
-

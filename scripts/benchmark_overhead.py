@@ -16,11 +16,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from benchmark_text import packaged_minilm
 from transformers import AutoModelForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
 from transformers.utils import logging
 
 import hf_compress as hc
-from benchmark_text import packaged_minilm
 
 BATCH, LENGTH = 32, 64
 

@@ -1,7 +1,7 @@
 """The families x edits table: mask == cut and save == load for every family of the tests, as Markdown or JSON.
 
-    python scripts/families.py            # prints the table
-    python scripts/families.py --json     # one row per family and edit
+python scripts/families.py            # prints the table
+python scripts/families.py --json     # one row per family and edit
 """
 
 from __future__ import annotations
@@ -23,7 +23,12 @@ import hf_compress as hc
 from tests.reader import Reader
 from tests.zoo import FAMILIES, NO_HEADS, NO_LAYERS, build, outputs, random_plan
 
-EDITS = {"KeepHeads": ("heads",), "KeepNeurons": ("neurons",), "KeepLayers": ("layers",), "all three": ("heads", "neurons", "layers")}
+EDITS = {
+    "KeepHeads": ("heads",),
+    "KeepNeurons": ("neurons",),
+    "KeepLayers": ("layers",),
+    "all three": ("heads", "neurons", "layers"),
+}
 
 
 def judge(family: str, edits: tuple[str, ...], reader: Reader) -> dict:
@@ -69,7 +74,10 @@ def main() -> None:
             print(f"| {row['family']} | " + " | ".join(cells) + " |")
     verdicts = [row[name]["verdict"] for row in rows for name in EDITS]
     judged = [v for v in verdicts if v != "nothing to cut"]
-    print(f"\n{judged.count('exact')} of {len(judged)} exact, {judged.count('wrong')} wrong, {len(rows)} families", file=sys.stderr)
+    print(
+        f"\n{judged.count('exact')} of {len(judged)} exact, {judged.count('wrong')} wrong, {len(rows)} families",
+        file=sys.stderr,
+    )
     sys.exit(0 if all(v == "exact" for v in judged) else 1)
 
 

@@ -124,6 +124,7 @@ def test_an_exception_leaves_no_gate_behind(error, add, tmp_path):
     t = trainer(tmp_path, [] if add else [prune])
     for extra in ([prune] if add else []) + [Killer(8, fail)]:
         t.add_callback(extra)
+    t.model.config.problem_type = "single_label_classification"  # which the first loss would set
     config = t.model.config.to_dict()
     with pytest.raises(error, match="stop"):
         t.train()

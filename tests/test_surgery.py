@@ -28,7 +28,9 @@ def snapshot(model):
 
 
 def same(one, other):
-    return one[1:] == other[1:] and one[0].keys() == other[0].keys() and all(torch.equal(one[0][k], other[0][k]) for k in one[0])
+    return (
+        one[1:] == other[1:] and one[0].keys() == other[0].keys() and all(torch.equal(one[0][k], other[0][k]) for k in one[0])
+    )
 
 
 @pytest.mark.parametrize(
@@ -110,7 +112,9 @@ def test_names_work_with_and_without_the_base_prefix():
     long, short = "bert.encoder.layer.0.attention.self", "encoder.layer.0.attention.self"
     hc.apply_(task, hc.Plan([hc.KeepHeads(short, [0, 3])]))
     hc.apply_(base, hc.Plan([hc.KeepHeads(long, [0, 3])]))
-    assert torch.equal(task.bert.encoder.layer[0].attention.self.query.weight, base.encoder.layer[0].attention.self.query.weight)
+    assert torch.equal(
+        task.bert.encoder.layer[0].attention.self.query.weight, base.encoder.layer[0].attention.self.query.weight
+    )
 
 
 def test_a_plan_that_keeps_everything_changes_nothing():

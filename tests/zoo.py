@@ -70,7 +70,9 @@ FAMILIES: dict[str, Callable[[], tuple]] = {
     "electra": lambda: text(T.ElectraForSequenceClassification, T.ElectraConfig(embedding_size=32, **TEXT)),
     "albert": lambda: text(T.AlbertForSequenceClassification, T.AlbertConfig(embedding_size=32, **TEXT)),
     "mpnet": lambda: text(T.MPNetForSequenceClassification, T.MPNetConfig(**TEXT)),
-    "deberta": lambda: text(T.DebertaForSequenceClassification, T.DebertaConfig(relative_attention=True, pos_att_type=["c2p", "p2c"], **TEXT)),
+    "deberta": lambda: text(
+        T.DebertaForSequenceClassification, T.DebertaConfig(relative_attention=True, pos_att_type=["c2p", "p2c"], **TEXT)
+    ),
     "deberta_v2": lambda: text(T.DebertaV2ForSequenceClassification, T.DebertaV2Config(share_att_key=True, **DEBERTA)),
     "deberta_v2_unshared": lambda: text(T.DebertaV2ForQuestionAnswering, T.DebertaV2Config(share_att_key=False, **DEBERTA)),
     "modernbert": lambda: text(
@@ -80,7 +82,15 @@ FAMILIES: dict[str, Callable[[], tuple]] = {
     "gpt2": lambda: text(T.GPT2LMHeadModel, T.GPT2Config(**GPT2)),
     "opt": lambda: text(
         T.OPTForCausalLM,
-        T.OPTConfig(vocab_size=99, hidden_size=64, num_hidden_layers=3, num_attention_heads=4, ffn_dim=96, word_embed_proj_dim=64, max_position_embeddings=40),
+        T.OPTConfig(
+            vocab_size=99,
+            hidden_size=64,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            ffn_dim=96,
+            word_embed_proj_dim=64,
+            max_position_embeddings=40,
+        ),
     ),
     "llama": lambda: text(T.LlamaForCausalLM, T.LlamaConfig(**GQA)),
     "llama_multi_query": lambda: text(T.LlamaForCausalLM, T.LlamaConfig(**{**GQA, "num_key_value_heads": 1})),
@@ -144,7 +154,9 @@ def build(name: str, dtype: torch.dtype = torch.float32) -> tuple[T.PreTrainedMo
         mask = torch.ones_like(batch["input_ids"])
         mask[0, -3:] = 0
         batch["attention_mask"] = mask
-    return model.to(dtype), {k: v.to(dtype) if v.is_floating_point() else v for k, v in batch.items()}
+    for parameter in model.parameters():  # buffers stay float32, as from_pretrained(dtype=...) leaves them
+        parameter.data = parameter.data.to(dtype)
+    return model, {k: v.to(dtype) if v.is_floating_point() else v for k, v in batch.items()}
 
 
 def outputs(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:

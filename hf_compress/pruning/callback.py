@@ -101,7 +101,9 @@ class PruningCallback(TrainerCallback, ExportableState):
         if not heads and not neurons:
             raise CompressionError("PruningCallback removes nothing: set heads or neurons to a fraction above 0.")
         if not 0 <= start <= end <= 1:
-            raise CompressionError(f"start and end are fractions of the training, 0 <= start <= end <= 1, got {start} and {end}.")
+            raise CompressionError(
+                f"start and end are fractions of the training, 0 <= start <= end <= 1, got {start} and {end}."
+            )
         if every is not None and (not isinstance(every, int) or every < 1):
             raise CompressionError(f"every is a number of optimizer steps >= 1, got {every!r}.")
         if not 0 <= smoothing < 1:
@@ -256,7 +258,9 @@ class _Run:
         except CompressionError:
 
             def keep(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-                self.batch = map_tensors({k: v for k, v in kwargs.items() if "label" not in k}, lambda t: t[:2].detach().clone())
+                self.batch = map_tensors(
+                    {k: v for k, v in kwargs.items() if "label" not in k}, lambda t: t[:2].detach().clone()
+                )
                 self._hook.remove()
 
             self._hook = self.model.register_forward_pre_hook(keep, with_kwargs=True)
@@ -420,7 +424,9 @@ class _Run:
             )
         for name, units in saved["alive"].items():
             if units and max(units) >= len(self.alive[name]):
-                raise CompressionError(f"The checkpoint keeps unit {max(units)} of {name!r}, which has {len(self.alive[name])}.")
+                raise CompressionError(
+                    f"The checkpoint keeps unit {max(units)} of {name!r}, which has {len(self.alive[name])}."
+                )
             self.alive[name] = torch.zeros_like(self.alive[name])
             self.alive[name][units] = True
         for name, text in saved["scores"].items():

@@ -192,9 +192,7 @@ def _frozen(model: nn.Module, outs: Iterable[str], gate: Callable[[str, torch.Te
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices))
         for out in outs:
-            hook = model.get_submodule(out).register_forward_pre_hook(
-                lambda _, args, out=out: (gate(out, args[0]), *args[1:])
-            )
+            hook = model.get_submodule(out).register_forward_pre_hook(lambda _, args, out=out: (gate(out, args[0]), *args[1:]))
             stack.callback(hook.remove)
         try:
             model.eval()

@@ -155,4 +155,3 @@ def plan_of(structure: Structure, heads: Mapping[str, list[int]], neurons: Mappi
         if ffn.name in neurons and len(neurons[ffn.name]) < ffn.size:
             edits.append(KeepNeurons(ffn.name, tuple(neurons[ffn.name])))
     return Plan(edits)
-
