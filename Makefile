@@ -20,7 +20,7 @@ test-all: $(VENV)/.installed  ## with the slow ones
 	HF_HUB_OFFLINE=1 $(VENV)/bin/python -m pytest -n $(WORKERS) --dist worksteal -m "slow or not slow" $(ARGS)
 
 lint: $(VENV)/.installed
-	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/pyright
+	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
 
 benchmark: $(VENV)/.installed  ## MiniLM on SST-2, half of the heads and neurons
 	HF_HUB_OFFLINE=1 $(VENV)/bin/python scripts/benchmark_text.py $(ARGS)

@@ -63,7 +63,7 @@ def skeleton(model: nn.Module, numbers: Mapping[str, Any] | None = None) -> nn.M
     `numbers`: values that replace those of the config, `"key"` or `"part.key"`.
     """
     config = copy.deepcopy(model.config)
-    config.__dict__.pop("quantization_config", None)
+    vars(config).pop("quantization_config", None)  # type: ignore[attr-defined]
     assert hasattr(type(model), "get_init_context")
     try:
         for name, value in (numbers or {}).items():
@@ -159,11 +159,8 @@ def stock_numbers(model: nn.Module, structure: Any, touched: Iterable[str]) -> d
                     ]  # fmt: skip
                     if isinstance(vars(config)[name], int | None) and len(set(of_side)) == 1:
                         numbers[f"{part}.{name}".lstrip(".")] = of_side[0]
-        if heads and "head_dim" in vars(config) and len({b.head_dim for b in heads}) == 1:
-            numbers[f"{part}.head_dim".lstrip(".")] = heads[0].head_dim
-        elif (
-            heads and len({b.head_dim for b in heads}) == 1 and heads[0].num_heads != getattr(config, "num_attention_heads", 0)
-        ):
+        heads_changed = bool(heads) and heads[0].num_heads != getattr(config, "num_attention_heads", 0)
+        if len({b.head_dim for b in heads}) == 1 and ("head_dim" in vars(config) or heads_changed):
             numbers[f"{part}.head_dim".lstrip(".")] = heads[0].head_dim  # read by many models, stored by few
     changed = {k: v for k, v in numbers.items() if getattr(parts[k.rpartition(".")[0]], k.rpartition(".")[2], None) != v}
     blocks = (*structure.attentions, *structure.ffns)
@@ -243,8 +240,8 @@ def replay_(model: nn.Module, layout: Layout, undo: Undo | None = None) -> None:
     }
     if found and not any(found.values()):
         raise CompressionError(
-            f"None of the modules that this checkpoint cuts ({next(iter(found))}, ...) is in {type(model).__name__}: the plan is "
-            "for another architecture."
+            f"None of the modules that this checkpoint cuts ({next(iter(found))}, ...) is in {type(model).__name__}: the "
+            "plan is for another architecture."
         )
     for name, entry in layout["modules"].items():
         module = found[name]

@@ -141,7 +141,7 @@ class HfCompressQuantizer(HfQuantizer):
             model.__dict__.pop(name, None)
         for module in model.modules():
             if isinstance(module, nn.Module) and hasattr(module, "config") and hasattr(module.config, "_is_quantized"):
-                module.config._is_quantized = False
+                module.config._is_quantized = False  # type: ignore[union-attr,assignment]
         return model
 
 

@@ -97,7 +97,8 @@ class Report:
         if self.speedup is not None and self.speedup_interval is not None:
             low, high = self.speedup_interval
             lines.append(
-                f"speed-up {self.speedup:.2f}x (95% interval {low:.2f}-{high:.2f}); Amdahl's law allows {self.speedup_allowed:.2f}x"
+                f"speed-up {self.speedup:.2f}x (95% interval {low:.2f}-{high:.2f}); "
+                f"Amdahl's law allows {self.speedup_allowed:.2f}x"
             )
         shown = {k: v for k, v in self.conditions.items() if k not in ("shapes", "platform")}
         shapes = ", ".join(f"{k} {'x'.join(map(str, v))}" for k, v in self.conditions["shapes"].items())

@@ -192,7 +192,7 @@ class Plan:
     tensors: dict[str, torch.Tensor] | None
 
     def __init__(self, edits: Iterable[Edit] = (), tensors: Mapping[str, torch.Tensor] | None = None) -> None:
-        edits = (edits,) if isinstance(edits, tuple(EDITS.values())) else tuple(edits)
+        edits = tuple(edits)
         for edit in edits:
             if not isinstance(edit, tuple(EDITS.values())):
                 raise CompressionError(f"A plan is made of edits ({', '.join(EDITS)}), got {edit!r}.")

@@ -49,7 +49,7 @@ def remove_layers_(model: nn.Module, removed: dict[str, tuple[int, ...]], undo: 
         for attribute in DEPTH:  # DistilBERT's stack counts its layers itself
             owner = model.get_submodule(parent)
             if type(getattr(owner, attribute, None)) is int and getattr(owner, attribute) == depth:
-                undo.append(lambda m=owner, a=attribute: setattr(m, a, depth))
+                undo.append(lambda m=owner, a=attribute, d=depth: setattr(m, a, d))
                 setattr(owner, attribute, len(kept))
                 record.setdefault(parent, {}).setdefault("attributes", {})[attribute] = len(kept)
         for config, names in _configs(model, path):

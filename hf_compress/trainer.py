@@ -62,9 +62,10 @@ class CompressionTrainer(Trainer):
         with quiet_run(self.model) as run, self.compute_loss_context_manager():
             losses = [run({**inputs, "num_items_in_batch": torch.tensor(n, device=self.args.device)}) for n in (1, 2)]
         values = [getattr(output, "loss", None) for output in losses]
-        if any(value is None for value in values):
+        if not all(isinstance(value, torch.Tensor) for value in values):
             return self.model_accepts_loss_kwargs
-        return not torch.allclose(values[0].float(), values[1].float())
+        one, two = (torch.as_tensor(value).float() for value in values)
+        return not torch.allclose(one, two)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         target = model or self.model

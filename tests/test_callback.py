@@ -83,7 +83,7 @@ def test_scores_are_those_of_the_optimizer_steps_whatever_the_accumulation(tmp_p
             if isinstance(module, torch.nn.Dropout) or hasattr(module, "attention_dropout"):
                 module.p = 0.0
         t.model.eval()
-        t.model.train = lambda mode=True: t.model  # no dropout: only the accumulation may differ
+        t.model.train = lambda mode=True, model=t.model: model  # no dropout: only the accumulation may differ
         run = {}
         t.add_callback(Watch(lambda m, run=run, prune=prune: run.update(prune._run.scores if prune._run else {})))
         t.train()

@@ -192,7 +192,7 @@ def _frozen(model: nn.Module, outs: Iterable[str], gate: Callable[[str, torch.Te
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices))
         for out in outs:
-            hook = model.get_submodule(out).register_forward_pre_hook(lambda _, args, out=out: (gate(out, args[0]), *args[1:]))
+            hook = model.get_submodule(out).register_forward_pre_hook(_gate_input(gate, out))
             stack.callback(hook.remove)
         try:
             model.eval()
@@ -204,6 +204,10 @@ def _frozen(model: nn.Module, outs: Iterable[str], gate: Callable[[str, torch.Te
                 parameter.requires_grad_(True)
             for module in training:
                 module.training = True
+
+
+def _gate_input(gate: Callable[[str, torch.Tensor], torch.Tensor], out: str) -> Callable[..., Any]:
+    return lambda module, args: (gate(out, args[0]), *args[1:])
 
 
 def _on_device(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:

@@ -31,7 +31,7 @@ def check_options(heads: float, neurons: float, score: str, scope: str, round_to
 
 
 def units_of(block: Block) -> torch.Tensor:
-    """For each input column of the output projection, its unit: a neuron; a kv group of heads; a head where all share one kv."""
+    """The unit of each input column of the output projection: a neuron, a kv group, or a head where all share one kv."""
     columns = owners("n" if not isinstance(block, Attention) else "q", block)
     if isinstance(block, Attention) and block.num_key_value_heads > 1:
         return columns // block.groups

@@ -1,0 +1,82 @@
+"""The Trainer that a callback runs in: found, checked, guarded. For every callback that changes weights."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel, Trainer
+
+from .plan import CompressionError
+from .resume import keys_differ, restore_weights
+
+
+def calling_trainer() -> Trainer | None:
+    """The Trainer whose `train` is running. Callbacks are told everything but this, so the stack is asked."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        found = frame.f_locals.get("self")
+        if isinstance(found, Trainer):
+            return found
+        frame = frame.f_back
+    return None
+
+
+def saved_in(state: Any, name: str) -> dict[str, Any] | None:
+    """Our state in a resumed `TrainerState`, whether or not `restore_callback_states_from_checkpoint` is on."""
+    found = (state.stateful_callbacks or {}).get(name)
+    return (found or {}).get("attributes", {}).get("saved") if isinstance(found, dict) else None
+
+
+def refuse_sharded(trainer: Trainer | None, model: nn.Module, who: str) -> None:
+    """Refuse weights that no process holds whole."""
+    sharded = any(isinstance(p, DTensor) for p in model.parameters())
+    if sharded or (trainer is not None and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled)):
+        raise CompressionError(
+            f"{who} does not work with weights that are sharded over processes (FSDP, DeepSpeed, tensor parallel): heads and "
+            "neurons are scored and gated on whole weights. Use DistributedDataParallel (torchrun without fsdp), or prune "
+            "first with plan_pruning and apply_, then train sharded."
+        )
+
+
+def restore_what_stock_lost(trainer: Trainer, model: Any) -> None:
+    """Stock `Trainer` skips weights that are saved under other names (ViT, Swin, ...); read them again, all of them."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        checkpoint = frame.f_locals.get("resume_from_checkpoint")
+        if frame.f_locals.get("self") is trainer and isinstance(checkpoint, str):
+            if isinstance(model, PreTrainedModel) and keys_differ(model, checkpoint):
+                restore_weights(model, checkpoint)
+            return
+        frame = frame.f_back
+
+
+GUARDED = ("_run_epoch", "_evaluate", "_finalize_training")
+
+
+def guard(trainer: Trainer, abandon: Callable[[], None]) -> None:
+    """From here to the end of `train()`, let an exception (Ctrl-C too) take our gates off on its way out."""
+
+    def guarded(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return function(*args, **kwargs)
+            except BaseException:
+                abandon()
+                raise
+
+        return call
+
+    for name in GUARDED:
+        trainer.__dict__[name] = guarded(getattr(trainer, name))
+    handler = trainer.callback_handler
+    handler.__dict__["call_event"] = guarded(handler.call_event)
+
+
+def unguard(trainer: Trainer) -> None:
+    for name in GUARDED:
+        trainer.__dict__.pop(name, None)
+    trainer.callback_handler.__dict__.pop("call_event", None)
