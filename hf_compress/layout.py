@@ -243,15 +243,16 @@ def replay_(model: nn.Module, layout: Layout, undo: Undo | None = None) -> None:
             f"None of the modules that this checkpoint cuts ({next(iter(found))}, ...) is in {type(model).__name__}: the "
             "plan is for another architecture."
         )
-    for name, entry in layout["modules"].items():
-        module = found[name]
-        if module is None:
-            if name.startswith(prefix) or prefix == ".":
+    # the default-device mode that from_pretrained is in costs more per tensor than the tensors; we name every device
+    with torch._C.DisableTorchFunction():
+        for name, entry in layout["modules"].items():
+            module = found[name]
+            if module is not None:
+                _replay_module(name, module, entry)
+            elif name.startswith(prefix) or prefix == ".":
                 raise CompressionError(
                     f"The checkpoint cuts {name!r}, which {type(model).__name__} does not have: another model."
-                )
-            continue  # a head that this class does not carry
-        _replay_module(name, module, entry)
+                )  # any other is a head that this class does not carry
 
 
 def _replay_module(name: str, module: nn.Module, entry: Mapping[str, Any]) -> None:
@@ -280,6 +281,8 @@ def _replay_module(name: str, module: nn.Module, entry: Mapping[str, Any]) -> No
 
 def lock_replayed(model: nn.Module, layout: Layout) -> None:
     """After the weights are in: give locked modules their real shape back."""
+    if not any(entry.get("lock") for entry in layout["modules"].values()):
+        return
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
     modules = dict(model.named_modules())
     for name, entry in layout["modules"].items():

@@ -7,13 +7,14 @@ fails on the shapes; it never loads something else.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import struct
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from transformers import PreTrainedModel
 from transformers.quantizers import auto
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
@@ -31,7 +32,8 @@ class HfCompressConfig(QuantizationConfigMixin):
 
     Args:
         plan (`dict`): the edits that led here, as `Plan.to_dict()`.
-        layout (`dict`): absolute shapes and attributes of every touched module.
+        layout (`str` or `dict`): absolute shapes and attributes of every touched module, as JSON text: one string, because
+            transformers copies and prints a config several times whenever a model loads.
         masks (`dict`, *optional*): of a checkpoint from the middle of a training: a plan that is masked, not yet cut.
         format (`int`): the format of this dict. Every later version reads it.
         digest (`str`, *optional*): of all the above; checked when the checkpoint loads.
@@ -43,7 +45,7 @@ class HfCompressConfig(QuantizationConfigMixin):
     def __init__(
         self,
         plan: dict[str, Any] | None = None,
-        layout: dict[str, Any] | None = None,
+        layout: dict[str, Any] | str | None = None,
         masks: dict[str, Any] | None = None,
         format: int = FORMAT,
         digest: str | None = None,
@@ -57,9 +59,17 @@ class HfCompressConfig(QuantizationConfigMixin):
                 f"hf_compress reads format {FORMAT}. Upgrade hf_compress."
             )
         self.format = format
-        self.plan_dict = Plan().to_dict() if plan is None else plan
-        self.layout = check({"modules": {}} if layout is None else layout)
+        self.plan_dict = Plan().to_dict(spans=True) if plan is None else plan
         self.masks_dict = masks
+        self.layout_text = layout if isinstance(layout, str) else _dump(layout or {"modules": {}})
+        try:
+            self.layout = check(json.loads(self.layout_text))
+        except ValueError as error:
+            if isinstance(error, CompressionError):
+                raise
+            raise CompressionError(f"The checkpoint's compression layout is not whole: {error}.") from error
+        content = _dump({"plan": self.plan_dict, "masks": masks}) + self.layout_text
+        self.digest = hashlib.sha256(content.encode()).hexdigest()
         if digest is not None and digest != self.digest:
             raise CompressionError(
                 "The compression record in config.json is not the one that was written (its digest differs): the file was "
@@ -74,22 +84,24 @@ class HfCompressConfig(QuantizationConfigMixin):
     def masks(self) -> Plan | None:
         return None if self.masks_dict is None else Plan.from_dict(self.masks_dict)
 
-    @property
-    def digest(self) -> str:
-        content = {"plan": self.plan_dict, "layout": self.layout, "masks": self.masks_dict}
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    def __deepcopy__(self, memo: dict) -> HfCompressConfig:
+        return self  # a record is replaced, never changed; configs are copied several times whenever a model loads
 
     def to_dict(self) -> dict[str, Any]:
         data = {
             "quant_method": METHOD,
             "format": self.format,
             "plan": self.plan_dict,
-            "layout": self.layout,
+            "layout": self.layout_text,
             "digest": self.digest,
         }
         if self.masks_dict is not None:
             data["masks"] = self.masks_dict
-        return json.loads(json.dumps(data))
+        return copy.deepcopy(data)
+
+
+def _dump(data: Any) -> str:
+    return json.dumps(data, sort_keys=True, separators=(",", ":"))
 
 
 def compression_of(config: Any) -> HfCompressConfig | None:
@@ -122,6 +134,15 @@ class HfCompressQuantizer(HfQuantizer):
     def is_trainable(self) -> bool:
         return True
 
+    def _convert_model_for_quantization(self, model: Any) -> None:
+        pass  # swaps experts for other methods' kernels
+
+    def update_parallel_plan(self, model: Any, plan: dict[str, str]) -> None:
+        pass  # our weights have no second name
+
+    def update_weight_conversions(self, weight_conversions: Any, model: Any) -> Any:
+        return weight_conversions  # and need no conversion
+
     def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **kwargs: Any) -> None:
         if not self.pre_quantized:
             raise CompressionError("HfCompressConfig is a record, not an order: cut a loaded model with apply_(model, plan).")
@@ -140,8 +161,8 @@ class HfCompressQuantizer(HfQuantizer):
         for name in ("hf_quantizer", "quantization_method"):
             model.__dict__.pop(name, None)
         for module in model.modules():
-            if isinstance(module, nn.Module) and hasattr(module, "config") and hasattr(module.config, "_is_quantized"):
-                module.config._is_quantized = False  # type: ignore[union-attr,assignment]
+            if isinstance(module, PreTrainedModel):
+                module.config._is_quantized = False
         return model
 
 

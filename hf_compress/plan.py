@@ -19,6 +19,7 @@ from safetensors.torch import save as dump_tensors
 FORMAT = 1
 PLAN_FILE = "compression_plan.json"
 TENSORS_FILE = "compression_plan.safetensors"
+MOST_UNITS = 10_000_000
 
 
 class CompressionError(ValueError):
@@ -148,15 +149,31 @@ EDITS: dict[str, type] = {"KeepHeads": KeepHeads, "KeepNeurons": KeepNeurons, "K
 
 
 def _spans(indices: tuple[int, ...]) -> str:
-    """`(0, 1, 2, 5)` -> `0-2 5`."""
+    """`(0, 1, 2, 5)` -> `"0-2 5"`."""
     parts, start = [], 0
     for i in range(1, len(indices) + 1):
         if i == len(indices) or indices[i] != indices[i - 1] + 1:
             first, last = indices[start], indices[i - 1]
             parts.append(str(first) if first == last else f"{first}-{last}")
             start = i
-    text = " ".join(parts)
-    return text if len(text) <= 56 else text[:40].rsplit(" ", 1)[0] + f" ... {indices[-1]}"
+    return " ".join(parts)
+
+
+def _from_spans(text: str) -> list[int]:
+    """The inverse of `_spans`."""
+    indices: list[int] = []
+    for part in text.split():
+        first, _, last = part.partition("-")
+        if not first.isdecimal() or not (last or first).isdecimal() or int(last or first) - int(first) > MOST_UNITS:
+            raise CompressionError(f"{part!r} is no span of indices such as '3' or '0-7'.")
+        indices.extend(range(int(first), int(last or first) + 1))
+        if len(indices) > MOST_UNITS:
+            raise CompressionError(f"More than {MOST_UNITS:,} indices in one edit; no layer is that wide.")
+    return indices
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= 56 else text[:40].rsplit(" ", 1)[0] + f" ... {text.replace('-', ' ').rsplit(' ', 1)[1]}"
 
 
 class Plan:
@@ -249,7 +266,7 @@ class Plan:
             target, kept = (getattr(edit, f.name) for f in fields(edit))
             if isinstance(edit, KeepLayers):
                 target, kept = edit.stack or "the stack", edit.layers
-            rows.append((type(edit).__name__, target, f"keep {len(kept)}: {_spans(kept)}"))
+            rows.append((type(edit).__name__, target, f"keep {len(kept)}: {_shortened(_spans(kept))}"))
         width = max((len(target) for _, target, _ in rows), default=0)
         head = f"Plan with {len(rows)} edit{'s' * (len(rows) != 1)}"
         if self.tensors:
@@ -257,9 +274,12 @@ class Plan:
             head += f" and {len(self.tensors)} tensors ({size / 1e6:.1f} MB)"
         return "\n".join([head, *(f"  {name:<12} {target:<{width}}  {kept}" for name, target, kept in rows)])
 
-    def to_dict(self) -> dict[str, Any]:
-        """A JSON-ready dict; of the tensors, only a digest. `Plan.from_dict` is its inverse."""
-        data: dict[str, Any] = {"format": FORMAT, "edits": [edit_to_dict(edit) for edit in self.edits]}
+    def to_dict(self, spans: bool = False) -> dict[str, Any]:
+        """A JSON-ready dict; of the tensors, only a digest. `Plan.from_dict` is its inverse.
+
+        `spans`: write indices as `"0-2 5"` and not as lists, which is shorter and, in a config, much faster to load.
+        """
+        data: dict[str, Any] = {"format": FORMAT, "edits": [edit_to_dict(edit, spans) for edit in self.edits]}
         if self.tensors:
             data["tensors"] = {"names": sorted(self.tensors), "sha256": _digest(self.tensors)}
         return data
@@ -328,11 +348,13 @@ class Plan:
         return cls.from_dict(data, tensors)
 
 
-def edit_to_dict(edit: Edit) -> dict[str, Any]:
+def edit_to_dict(edit: Edit, spans: bool = False) -> dict[str, Any]:
     data: dict[str, Any] = {"edit": type(edit).__name__}
     for field in fields(edit):
         value = getattr(edit, field.name)
-        data[field.name] = list(value) if isinstance(value, tuple) else value
+        if isinstance(value, tuple):
+            value = _spans(value) if spans else list(value)
+        data[field.name] = value
     return data
 
 
@@ -344,6 +366,9 @@ def edit_from_dict(data: Any) -> Edit:
     names = {field.name for field in fields(kind)}
     if values.keys() != names:
         raise CompressionError(f"{data['edit']} takes {sorted(names)}, got {sorted(values)}.")
+    for name in ("heads", "neurons", "layers"):
+        if isinstance(values.get(name), str):
+            values[name] = _from_spans(values[name])
     return kind(**values)
 
 

@@ -359,7 +359,7 @@ def _stamp(
         return
     if not any("shapes" in entry for entry in layout["modules"].values()):
         _lock(owner, layout, undo)
-    config.quantization_config = HfCompressConfig(plan=edits.to_dict(), layout=layout)
+    config.quantization_config = HfCompressConfig(plan=edits.to_dict(spans=True), layout=layout)
 
 
 def _record_layers(

@@ -41,7 +41,8 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=1e-4, help="of the pruning epoch")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--dense-epochs", type=float, default=2)
-    parser.add_argument("--repeats", type=int, default=40)
+    parser.add_argument("--repeats", type=int, default=60)
+    parser.add_argument("--reuse", action="store_true", help="measure the pruned models of an earlier run again")
     args = parser.parse_args()
     if not (Path(args.data) / "train.tsv").is_file():
         sys.exit(f"No SST-2 at {args.data}; this benchmark needs train.tsv, dev.tsv and test.tsv (text<TAB>label). Skipped.")
@@ -86,28 +87,34 @@ def main() -> None:
 
     batch = timing_batch(splits["test"], tokenizer)
     runs = []
+    if args.reuse and not all((output / f"pruned-{seed}" / "config.json").is_file() for seed in args.seeds):
+        sys.exit(f"--reuse: {output} has no pruned model for every seed of {args.seeds}; run without it first.")
     for seed in args.seeds:
         set_seed(seed)
-        model = AutoModelForSequenceClassification.from_pretrained(output / "dense")
-        callback = hc.PruningCallback(
-            heads=args.heads, neurons=args.neurons, score=args.score, schedule=args.schedule, round_to=args.round_to
-        )
-        trainer = trainer_for(
-            model, output / "scratch", num_train_epochs=1, learning_rate=args.learning_rate, seed=seed, warmup_steps=10
-        )
-        trainer.add_callback(callback)
-        start = time.perf_counter()
-        trainer.train()
-        seconds = time.perf_counter() - start
-        trainer.save_model(str(output / f"pruned-{seed}"))
-        small = AutoModelForSequenceClassification.from_pretrained(output / f"pruned-{seed}")
-        with torch.no_grad():
-            equal = torch.equal(small.eval()(**batch).logits, model.eval()(**batch).logits)
+        folder, seconds, equal = output / f"pruned-{seed}", None, None
+        if not args.reuse:
+            model = AutoModelForSequenceClassification.from_pretrained(output / "dense")
+            trainer = trainer_for(
+                model, output / "scratch", num_train_epochs=1, learning_rate=args.learning_rate, seed=seed, warmup_steps=10
+            )
+            trainer.add_callback(
+                hc.PruningCallback(
+                    heads=args.heads, neurons=args.neurons, score=args.score, schedule=args.schedule, round_to=args.round_to
+                )
+            )
+            start = time.perf_counter()
+            trainer.train()
+            seconds = time.perf_counter() - start
+            trainer.save_model(str(folder))
+        small = AutoModelForSequenceClassification.from_pretrained(folder)
+        if not args.reuse:
+            with torch.no_grad():
+                equal = torch.equal(small.eval()(**batch).logits, model.eval()(**batch).logits)
         report = hc.measure(
             small, batch, against=dense, metrics=accuracies(small), metrics_against=dense_metrics, repeats=args.repeats
         )
         lost = 100 * (dense_metrics["test_accuracy"] - report.model.metrics["test_accuracy"])
-        print(f"seed {seed}: {lost:+.2f} points lost on test; reloaded equal to the bit: {equal}; {seconds:.0f} s")
+        print(f"seed {seed}: {lost:+.2f} points lost on test; reloaded equal to the bit: {equal}; trained in {seconds} s")
         print(report, flush=True)
         runs.append(
             {"seed": seed, "test_points_lost": lost, "reload_equal": equal, "seconds": seconds, "report": report.to_dict()}

@@ -22,6 +22,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     DataCollatorWithPadding,
+    ProgressCallback,
     Trainer,
     TrainingArguments,
     ViTConfig,
@@ -84,7 +85,9 @@ def run(args: argparse.Namespace, task: dict[str, Any]) -> None:
         )
 
     def accuracy(model) -> dict[str, float]:
-        return {"accuracy": trainer_for(model, 1, 1e-4).evaluate()["eval_accuracy"]}
+        scorer = trainer_for(model, 1, 1e-4)
+        scorer.remove_callback(ProgressCallback)
+        return {"accuracy": scorer.evaluate()["eval_accuracy"]}
 
     print("What can be cut\n" + str(hc.discover(model)) + "\n")
     if task.get("dense_epochs"):
@@ -138,7 +141,7 @@ def digits(args: argparse.Namespace) -> dict[str, Any]:
         "train": train[: args.train_rows],
         "test": test,
         "batch": batch,
-        "dense_epochs": 12,
+        "dense_epochs": 20,
         "epochs": 8,
         "learning_rate": 1e-3,
     }

@@ -153,7 +153,10 @@ def spoiled(tmp_path, change):
     model.save_pretrained(tmp_path)
     path = tmp_path / "config.json"
     config = json.loads(path.read_text())
-    change(config["quantization_config"])
+    record = config["quantization_config"]
+    record["layout"] = json.loads(record["layout"])
+    change(record)
+    record["layout"] = json.dumps(record["layout"], sort_keys=True, separators=(",", ":"))
     path.write_text(json.dumps(config))
     return tmp_path
 
@@ -166,6 +169,7 @@ QUERY = "bert.encoder.layer.0.attention.self.query"
     [
         (lambda q: q["layout"]["modules"][QUERY]["shapes"].update(weight=[32, 64]), "digest differs"),
         (lambda q: q["plan"]["edits"].pop(), "digest differs"),
+        (lambda q: q["plan"].update(edits=[]), "digest differs"),
         (lambda q: q.update(format=99), "format 99"),
         (lambda q: q.update(surprise=1), "surprise"),
         (lambda q: (q.pop("digest"), q["layout"].pop("modules")), "has no 'modules'"),
@@ -182,6 +186,15 @@ QUERY = "bert.encoder.layer.0.attention.self.query"
 def test_a_changed_record_is_refused(change, message, tmp_path):
     with pytest.raises(hc.CompressionError, match=message):
         T.AutoModelForSequenceClassification.from_pretrained(spoiled(tmp_path, change))
+
+
+def test_a_truncated_layout_is_refused(tmp_path):
+    spoiled(tmp_path, lambda q: q.pop("digest"))
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"]["layout"] = config["quantization_config"]["layout"][:-5]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(hc.CompressionError, match="layout is not whole"):
+        T.AutoModelForSequenceClassification.from_pretrained(tmp_path)
 
 
 def test_a_truncated_weight_file_is_named(tmp_path):

@@ -161,6 +161,7 @@ def test_select_by_hand():
     assert select(scores, 0.25, round_to=2) == {"a": [0, 1, 2, 3], "b": [0, 2]}
     alive = {"a": torch.tensor([True, False, True, True]), "b": torch.ones(4, dtype=torch.bool)}
     assert select(scores, 0.25, alive=alive) == {"a": [0, 2, 3], "b": [0, 2, 3]}
+    assert select(scores, 0.125, alive=alive, round_to=2) == {"a": [0, 2], "b": [0, 1, 2, 3]}
 
 
 @pytest.mark.parametrize(

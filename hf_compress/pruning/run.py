@@ -207,7 +207,7 @@ class PruningRun:
                     HfCompressConfig(
                         plan=before.plan_dict if before else None,
                         layout=before.layout if before else None,
-                        masks=plan.to_dict(),
+                        masks=plan.to_dict(spans=True),
                     )
                 )
 

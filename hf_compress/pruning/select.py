@@ -137,10 +137,9 @@ def select(
         count = counts[name]
         if round_to > 1 and count < size:
             count = max(round_to, round(count / round_to) * round_to)
-        count = max(1, min(count, size))
-        if count > there and (uniform or round_to > 1):
-            count = there
-        count = min(count, there)
+            if count > there:  # what is masked does not come back
+                count = there // round_to * round_to or there
+        count = max(1, min(count, there))
         kept[name] = sorted(s.argsort(descending=True, stable=True)[:count].tolist())
     return kept
 
