@@ -3,7 +3,7 @@ VENV ?= .venv
 ARGS ?=
 WORKERS ?= 2
 
-.PHONY: demo test test-all lint benchmark overhead families clean
+.PHONY: demo test test-all test-lowest lint benchmark overhead families clean
 
 $(VENV)/.installed: setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -19,6 +19,12 @@ test: $(VENV)/.installed  ## the default suite
 test-all: $(VENV)/.installed  ## with the slow ones
 	HF_HUB_OFFLINE=1 $(VENV)/bin/python -m pytest -n $(WORKERS) --dist worksteal -m "slow or not slow" $(ARGS)
 
+test-lowest:  ## the suite on the lowest transformers that is supported, in an environment of its own
+	$(PYTHON) -m venv $(VENV)-lowest
+	sed -e 's/^transformers==.*/transformers==5.20.0/' -e '/^huggingface_hub==/d' -e '/^tokenizers==/d' constraints.txt > $(VENV)-lowest/constraints.txt
+	$(VENV)-lowest/bin/python -m pip install -c $(VENV)-lowest/constraints.txt -e '.[dev]'
+	HF_HUB_OFFLINE=1 $(VENV)-lowest/bin/python -m pytest -n $(WORKERS) --dist worksteal tests $(ARGS)
+
 lint: $(VENV)/.installed
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
 
@@ -32,4 +38,4 @@ families: $(VENV)/.installed  ## the families x edits table
 	HF_HUB_OFFLINE=1 $(VENV)/bin/python scripts/families.py $(ARGS)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info runs
+	rm -rf $(VENV) $(VENV)-lowest build dist *.egg-info runs

@@ -137,10 +137,10 @@ class HfCompressQuantizer(HfQuantizer):
     def _convert_model_for_quantization(self, model: Any) -> None:
         pass  # swaps experts for other methods' kernels
 
-    def update_parallel_plan(self, model: Any, plan: dict[str, str]) -> None:
+    def update_parallel_plan(self, *args: Any) -> None:
         pass  # our weights have no second name
 
-    def update_weight_conversions(self, weight_conversions: Any, model: Any) -> Any:
+    def update_weight_conversions(self, weight_conversions: Any, *args: Any) -> Any:
         return weight_conversions  # and need no conversion
 
     def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **kwargs: Any) -> None:

@@ -7,8 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 import transformers as T
+from packaging.version import Version
 
 import hf_compress as hc
 from tests.trainers import rows
@@ -40,6 +42,7 @@ def test_ranks_agree_on_plan_and_weights(tmp_path):
     assert outputs(loaded, {"input_ids": torch.stack([r["input_ids"] for r in rows(2)])}).isfinite().all()
 
 
+@pytest.mark.skipif(Version(T.__version__) < Version("5.23"), reason="this transformers cannot shard a model while it loads")
 def test_sharded_weights_are_refused_at_the_start(tmp_path):
     done = torchrun("fsdp", tmp_path)
     assert done.stdout.count("REFUSED PruningCallback does not work with weights that are sharded") == 2, done.stderr[-3000:]
