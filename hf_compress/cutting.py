@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from .discover import Attention, FeedForward, Part, owners
-from .modules import GATED, ConfigView, select_heads_, ungate_, weight_dim, width_attribute
+from .modules import GATED, ConfigView, LockedLinear, gate_, is_gated, select_heads_, ungate_, weight_dim, width_attribute
 
 Block = Attention | FeedForward
 Undo = list[Callable[[], None]]
@@ -87,7 +87,7 @@ def cut_(get: Callable[[str], nn.Module], cut: Cut, variant: Variant, undo: Undo
         if part.parameter is not None:
             _keep(module, part.parameter, rows, part.dim, entry, undo)
             continue
-        ungate_(module)  # a mask on the same columns has done its work
+        _ungate(module, undo)  # a mask on the same columns has done its work
         _keep(module, "weight", rows, weight_dim(module, part.dim), entry, undo)
         if part.dim == 0 and module.bias is not None:
             _keep(module, "bias", rows, 0, entry, undo)
@@ -139,7 +139,8 @@ def _adapt(owner: nn.Module, block: Attention, cut: Cut, variant: Variant, entry
         hooks = dict(owner._forward_pre_hooks), dict(owner._forward_pre_hooks_with_kwargs)
 
         def restore() -> None:
-            owner.config = config  # type: ignore[assignment]
+            if config is not None:
+                owner.config = config  # type: ignore[assignment]
             owner._forward_pre_hooks.clear()
             owner._forward_pre_hooks.update(hooks[0])
             owner._forward_pre_hooks_with_kwargs.clear()
@@ -152,6 +153,17 @@ def _adapt(owner: nn.Module, block: Attention, cut: Cut, variant: Variant, entry
         undo.append(restore)
         select_heads_(owner, block.shared_bias, chosen)
         entry["heads"] = {"how": block.shared_bias, "keep": chosen}
+
+
+def _ungate(module: nn.Module, undo: Undo) -> None:
+    if is_gated(module):
+        before = gate_(module).clone()
+
+        def restore() -> None:
+            gate_(module).copy_(before)
+
+        undo.append(restore)
+        ungate_(module)
 
 
 def _keep(module: nn.Module, name: str, rows: torch.Tensor, dim: int, entry: dict, undo: Undo) -> None:
@@ -173,4 +185,4 @@ def _set(module: nn.Module, name: str, value: int, entry: dict, undo: Undo) -> N
 
 def is_plain_linear(module: nn.Module) -> bool:
     """Whether a projection is what it seems, and not a quantized or adapted subclass."""
-    return type(module) in GATED or type(module) in GATED.values() or type(module).__name__ == "LockedLinear"
+    return type(module) in GATED or type(module) in GATED.values() or type(module) is LockedLinear

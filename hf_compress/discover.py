@@ -26,10 +26,10 @@ NUM_HEADS = ("num_attention_heads", "num_heads", "n_heads", "n_head")
 # One feed-forward block is a pair of an up and a down projection, the second as wide inside as the first is outside.
 UP = re.compile(
     r"^(dense|lin1|linear1|fc1|c_fc|wi|wi_0|wi_1|Wi|gate_proj|up_proj|gate_up_proj|weights_in|"
-    r"intermediate_dense|dense_h_to_4h|ffn|pwconv1|w1|w3)$"
+    r"intermediate_dense|dense_h_to_4h|ffn|pwconv1|w1|w3|fc_in|dense1|intermediate)$"
 )
 DOWN = re.compile(
-    r"^(dense|lin2|linear2|fc2|c_proj|wo|Wo|down_proj|weights_out|output_dense|dense_4h_to_h|ffn_output|pwconv2|w2)$"
+    r"^(dense|lin2|linear2|fc2|c_proj|wo|Wo|down_proj|weights_out|output_dense|dense_4h_to_h|ffn_output|pwconv2|w2|fc_out|dense2|output)$"
 )
 NESTED = re.compile(r"intermediate|output|ffn|mlp|feed")
 
@@ -52,12 +52,18 @@ EXTRA_PARTS: tuple[tuple[str, tuple[tuple[str, str | None, int, str], ...]], ...
         ),
     ),
     (r"Swin\w*Attention", (("relative_position_bias", "relative_position_bias_table", 1, "h"),)),
+    (r"UMT5Attention", (("relative_attention_bias", "weight", 1, "h"),)),
 )
 # Attentions that share one position bias among the layers of a stack: the bias stays whole, each selects its heads.
 SHARED_BIAS: tuple[tuple[str, str], ...] = (
-    (r"(T5|MT5|UMT5|LongT5|SwitchTransformers|Pop2Piano)Attention", "interface"),
+    (r"(T5|MT5|LongT5|SwitchTransformers|Pop2Piano)Attention", "interface"),
     (r"MPNetSelfAttention", "argument"),
 )
+
+
+# Attentions that hand the weights of their output projection to a function of torch instead of calling it: no mask on the
+# projection would be seen, so no head is offered.
+OPAQUE = re.compile(r"WavLMAttention|MultiheadAttention")
 
 
 @dataclass(frozen=True)
@@ -257,7 +263,7 @@ def _attentions(modules: dict[str, nn.Module]) -> Iterator[Attention]:
         linears = _linears(module)
         q, k, v = ([n for n in linears if pattern.match(n)] for pattern in (QUERY, KEY, VALUE))
         fused = [n for n in linears if FUSED.match(n)]
-        if not (q and k and v) and not fused:
+        if not (q and k and v) and not fused or OPAQUE.fullmatch(type(module).__name__):
             continue
         ins = fused[:1] if not (q and k and v) else [q[0], k[0], v[0]]
         out = next((_join(name, n) for n in linears if OUT.match(n) and n not in ins), None)
@@ -310,6 +316,7 @@ def _has(modules: dict[str, nn.Module], name: str, parameter: str | None) -> boo
 
 def _ffns(modules: dict[str, nn.Module], taken: set[str]) -> Iterator[FeedForward]:
     seen: set[str] = set()
+    names: set[str] = set()
     for name, module in modules.items():
         if isinstance(module, nn.ModuleList | nn.ModuleDict):
             continue
@@ -342,7 +349,11 @@ def _ffns(modules: dict[str, nn.Module], taken: set[str]) -> Iterator[FeedForwar
             seen.add(down)
             parts = [Part(up, 0, ("n",) if width(linears[up], 0) == inner else FUSED_UP_LAYOUTS) for up in ups]
             scope = _scope(modules, [*ups, down])
-            yield FeedForward(_meet([*ups, down]) or down, inner, down, (*parts, Part(down, 1, ("n",))), scope)
+            meet = _meet([*ups, down]) or down
+            if meet in names:  # LiLT: two blocks in one layer
+                meet = down
+            names.add(meet)
+            yield FeedForward(meet, inner, down, (*parts, Part(down, 1, ("n",))), scope)
 
 
 def _layers(modules: dict[str, nn.Module], outs: list[str]) -> tuple[Layer, ...]:
@@ -355,14 +366,19 @@ def _layers(modules: dict[str, nn.Module], outs: list[str]) -> tuple[Layer, ...]
         and all(any(out.startswith(f"{path}.{i}.") for out in outs) for i in range(len(module)))
     ]
 
-    def inside(path: str) -> bool:
-        return any(path.startswith(f"{other}.") for other in paths)
+    def parts_of_a_layer(path: str) -> bool:
+        """Whether a list lies in an entry of another one that has blocks outside it, or holds different things."""
+        for other in paths:
+            if path.startswith(f"{other}."):
+                entry = f"{other}.{path[len(other) + 1 :].split('.')[0]}."
+                inside = [out for out in outs if out.startswith(entry)]
+                if len({type(m) for m in modules[path].children()}) > 1:  # T5: block.0.layer holds attention and FFN
+                    return True
+                if not all(any(out.startswith(f"{p}.") for p in paths if p.startswith(entry)) for out in inside):
+                    return True  # MobileBERT: layer.0.ffn, beside the layer's attention
+        return False
 
-    def mixed(path: str) -> bool:
-        return len({type(entry) for entry in modules[path].children()}) > 1
-
-    # T5: block.0.layer, with its attention and its FFN, is a part of a layer and no stack of its own
-    paths = [path for path in paths if not (inside(path) and mixed(path))]
+    paths = [path for path in paths if not parts_of_a_layer(path)]
     # Swin: the list of stages is no stack, since widths change between them; the blocks of each stage are
     paths = [path for path in paths if not any(other.startswith(f"{path}.") for other in paths)]
     short = _short_names(paths)

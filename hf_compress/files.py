@@ -35,14 +35,7 @@ def staged(folder: str | os.PathLike, remove: Iterable[str] = ()) -> Iterator[Pa
         for path in sorted(p for p in stage.rglob("*") if p.is_file()):
             with path.open("rb") as written:
                 os.fsync(written.fileno())
-        replaced = set()
-        for path in sorted(p for p in stage.rglob("*") if p.is_file()):
-            replaced.add(str(path.relative_to(stage)))
-            target = folder / path.relative_to(stage)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(path, target)
-        for name in set(remove) - replaced:
-            (folder / name).unlink(missing_ok=True)
+        _move_in(stage, folder, set(remove))
     except OSError as error:
         raise CompressionError(
             f"Could not write into {folder}: {error.strerror or error}. What was there before is untouched; "
@@ -51,3 +44,27 @@ def staged(folder: str | os.PathLike, remove: Iterable[str] = ()) -> Iterator[Pa
     finally:
         if stage is not None:
             shutil.rmtree(stage, ignore_errors=True)
+
+
+def _move_in(stage: Path, folder: Path, remove: set[str]) -> None:
+    """Rename the staged files into place; if one cannot be, put back those that were."""
+    names = sorted(str(p.relative_to(stage)) for p in stage.rglob("*") if p.is_file())
+    kept = Path(tempfile.mkdtemp(prefix=".hf_compress_", dir=folder))
+    done: list[str] = []
+    try:
+        for name in [*names, *(remove - set(names))]:
+            done.append(name)
+            (kept / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            if (folder / name).exists():
+                os.replace(folder / name, kept / name)
+            if name in names:
+                os.replace(stage / name, folder / name)
+    except BaseException:
+        for name in done:
+            (folder / name).unlink(missing_ok=True)
+            if (kept / name).exists():
+                os.replace(kept / name, folder / name)
+        raise
+    finally:
+        shutil.rmtree(kept, ignore_errors=True)

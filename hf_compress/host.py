@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -47,7 +48,7 @@ def restore_what_stock_lost(trainer: Trainer, model: Any) -> None:
     frame = sys._getframe(1)
     while frame is not None:
         checkpoint = frame.f_locals.get("resume_from_checkpoint")
-        if frame.f_locals.get("self") is trainer and isinstance(checkpoint, str):
+        if frame.f_locals.get("self") is trainer and isinstance(checkpoint, str | os.PathLike):
             if isinstance(model, PreTrainedModel) and keys_differ(model, checkpoint):
                 restore_weights(model, checkpoint)
             return

@@ -14,10 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from .cutting import Undo
-from .modules import PLAIN, ConfigView, LockedLinear, lock_, select_heads_
-from .plan import CompressionError
-from .stacks import config_parts
+from .modules import PLAIN, ConfigView, LockedLinear, gate_, is_gated, lock_, select_heads_, width
+from .plan import CompressionError, from_spans, spans_of
+from .stacks import carry_, config_parts, counts_layers
 
 Layout = dict[str, Any]
 
@@ -60,22 +59,51 @@ def renamed(name: str, removed: Mapping[str, tuple[int, ...]]) -> str | None:
 def skeleton(model: nn.Module, numbers: Mapping[str, Any] | None = None) -> nn.Module | None:
     """The stock model that plain transformers builds from a config, without memory; None where it cannot be built.
 
+    The config goes through its dict and back, as it does on disk, so what it computes or checks on the way is in it.
+
     `numbers`: values that replace those of the config, `"key"` or `"part.key"`.
     """
-    config = copy.deepcopy(model.config)
-    vars(config).pop("quantization_config", None)  # type: ignore[attr-defined]
-    assert hasattr(type(model), "get_init_context")
+    config: Any = model.config
+    data = config.to_dict()
+    data.pop("quantization_config", None)
+    for name, value in (numbers or {}).items():
+        part, _, key = name.rpartition(".")
+        (data[part] if part else data)[key] = value
     try:
-        for name, value in (numbers or {}).items():
-            part, _, key = name.rpartition(".")
-            setattr(getattr(config, part) if part else config, key, value)
         with ExitStack() as stack:
             dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
             for context in type(model).get_init_context(dtype, False, False, None):  # type: ignore[attr-defined]
                 stack.enter_context(context)
-            return type(model)(config)
+            return type(model)(type(config).from_dict(data))
     except Exception:  # a config that its model refuses (heads that do not divide the hidden size): not stock
         return None
+
+
+def unrecorded(model: nn.Module, layout: Layout | None) -> str | None:
+    """The first place where what a config records is not the model that it is in; None where loading would be right."""
+    stock = skeleton(model)
+    if stock is None:
+        return "the config, which does not build this model again"
+    if layout is not None:
+        replay_(stock, layout)
+    locked = {name for name, entry in (layout or {"modules": {}})["modules"].items() if entry.get("lock")}
+    theirs = dict(stock.named_modules())
+    ours = dict(model.named_modules())
+    for name in [*ours, *theirs]:
+        if name not in ours or name not in theirs or not _same_kind(ours[name], theirs[name]):
+            return name
+        if getattr(ours[name], "hfc_heads", None) != getattr(theirs[name], "hfc_heads", None):
+            return name
+        for key, tensor in theirs[name]._parameters.items():
+            mine = ours[name]._parameters[key]
+            shape = (
+                tensor.shape[1:]
+                if tensor is not None and name in locked and key == "weight"
+                else tensor is not None and tensor.shape
+            )
+            if mine is not None and mine.shape != shape:
+                return f"{name}.{key}"
+    return None
 
 
 def differs(model: nn.Module, stock: nn.Module, exact: set[str]) -> str | None:
@@ -85,6 +113,9 @@ def differs(model: nn.Module, stock: nn.Module, exact: set[str]) -> str | None:
     theirs while they run.
     """
     theirs = dict(stock.named_modules())
+    missing = theirs.keys() - dict(model.named_modules()).keys()
+    if missing:
+        return min(missing)
     for name, module in model.named_modules():
         other = theirs.get(name)
         if other is None or not _same_kind(module, other) or hasattr(module, "hfc_heads"):
@@ -119,6 +150,9 @@ def _number_that_differs(module: nn.Module, other: nn.Module, ignore: Iterable[s
 def layers_differ(model: nn.Module, stock: nn.Module, paths: tuple[str, ...], touched: Mapping[str, Any]) -> str | None:
     """Whether the layers that stay are those that a config with fewer layers builds, apart from what was recorded."""
     theirs = dict(stock.named_modules())
+    missing = theirs.keys() - dict(model.named_modules()).keys()
+    if missing:
+        return min(missing)
     for name, module in model.named_modules():
         if not any(name == path or name.startswith(f"{path}.") for path in paths):
             continue
@@ -159,10 +193,12 @@ def stock_numbers(model: nn.Module, structure: Any, touched: Iterable[str]) -> d
                     ]  # fmt: skip
                     if isinstance(vars(config)[name], int | None) and len(set(of_side)) == 1:
                         numbers[f"{part}.{name}".lstrip(".")] = of_side[0]
-        heads_changed = bool(heads) and heads[0].num_heads != getattr(config, "num_attention_heads", 0)
+        heads_changed = bool(heads) and heads[0].num_heads != vars(config).get(
+            "num_attention_heads", heads[0].num_heads if heads else 0
+        )
         if len({b.head_dim for b in heads}) == 1 and ("head_dim" in vars(config) or heads_changed):
             numbers[f"{part}.head_dim".lstrip(".")] = heads[0].head_dim  # read by many models, stored by few
-    changed = {k: v for k, v in numbers.items() if getattr(parts[k.rpartition(".")[0]], k.rpartition(".")[2], None) != v}
+    changed = {k: v for k, v in numbers.items() if vars(parts[k.rpartition(".")[0]]).get(k.rpartition(".")[2]) != v}
     blocks = (*structure.attentions, *structure.ffns)
     exact = {*touched, *(b.name for b in blocks), *(part.module for b in blocks for part in b.parts)}
     for candidate in ({}, changed):
@@ -193,7 +229,16 @@ def check(layout: Any) -> Layout:
     kinds = {"shapes": dict, "attributes": dict, "config": dict, "heads": dict, "lock": bool}
     if not isinstance(layout, dict) or not isinstance(layout.get("modules"), dict):
         raise CompressionError("The checkpoint's compression layout is not whole: it has no 'modules'.")
-    unknown = set(layout) - {"modules", "layers", "numbers"}
+    for key, kind in (("layers", list), ("gates", str)):
+        part = layout.get(key, {})
+        if not isinstance(part, dict) or not all(isinstance(value, kind) for value in part.values()):
+            raise CompressionError(f"The checkpoint's compression layout has {key} {str(part)[:60]!r}; a dict was expected.")
+    numbers = layout.get("numbers", {})
+    if not isinstance(numbers, dict) or not all(counts_layers(k.rpartition(".")[2], v) for k, v in numbers.items()):
+        raise CompressionError(
+            f"The checkpoint's compression layout sets {str(numbers)[:80]!r}, which are no numbers of layers."
+        )
+    unknown = set(layout) - {"modules", "layers", "numbers", "gates"}
     if unknown:
         raise CompressionError(f"The checkpoint's compression layout has unknown parts {sorted(unknown)}; upgrade hf_compress.")
     for name, entry in layout["modules"].items():
@@ -223,7 +268,7 @@ def check(layout: Any) -> Layout:
     return layout
 
 
-def replay_(model: nn.Module, layout: Layout, undo: Undo | None = None) -> None:
+def replay_(model: nn.Module, layout: Layout) -> None:
     """Give a model (on any device, `meta` too) the shapes and attributes of a layout. Weights are not filled.
 
     Raises:
@@ -279,39 +324,56 @@ def _replay_module(name: str, module: nn.Module, entry: Mapping[str, Any]) -> No
         select_heads_(module, entry["heads"]["how"], entry["heads"]["keep"])
 
 
-def lock_replayed(model: nn.Module, layout: Layout) -> None:
-    """After the weights are in: give locked modules their real shape back."""
-    if not any(entry.get("lock") for entry in layout["modules"].values()):
-        return
-    prefix = f"{getattr(model, 'base_model_prefix', '')}."
-    modules = dict(model.named_modules())
+def finish_replayed(model: nn.Module, layout: Layout) -> None:
+    """After the weights are in: give locked modules their real shape back, and put gates on."""
     for name, entry in layout["modules"].items():
-        if entry.get("lock"):
-            module = next((modules[n] for n in (name, name.removeprefix(prefix), prefix + name) if n in modules), None)
-            if isinstance(module, nn.Linear) and module.weight.ndim == 3:
-                module.weight = nn.Parameter(module.weight.detach()[0], requires_grad=module.weight.requires_grad)
-                lock_(module)
+        module = _find(model, name) if entry.get("lock") else None
+        if isinstance(module, nn.Linear) and module.weight.ndim == 3:
+            module.weight = nn.Parameter(module.weight.detach()[0], requires_grad=module.weight.requires_grad)
+            lock_(module)
+    for name, columns in layout.get("gates", {}).items():
+        module = _find(model, name)
+        if module is None:
+            continue
+        kept = from_spans(columns)
+        if type(module) not in (*PLAIN, *PLAIN.values()) or not kept or max(kept) >= width(module, 1):
+            raise CompressionError(f"The checkpoint masks inputs of {name!r} that this model does not have.")
+        gate = gate_(module).zero_()
+        gate[torch.tensor(kept, device=gate.device)] = 1.0
+
+
+def gates_of(model: nn.Module) -> dict[str, str]:
+    """Which inputs of which projections are not masked, for every projection that masks some: a layout's `gates`."""
+    found = {}
+    for name, module in model.named_modules():
+        if is_gated(module) and bool((module.hfc_gate == 0).any()):
+            found[name] = spans_of(tuple(module.hfc_gate.nonzero().flatten().tolist()))  # type: ignore[operator,union-attr]
+    return found
+
+
+def _find(model: nn.Module | None, name: str) -> nn.Module | None:
+    """A module by its name, with or without the prefix of the base model: `AutoModel` loads task checkpoints, and back."""
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    for option in (name, name.removeprefix(prefix), prefix + name):
+        try:
+            return model.get_submodule(option) if model is not None else None
+        except AttributeError:
+            continue
+    return None
 
 
 def _pick_layers(model: nn.Module, layers: Mapping[str, Any], numbers: Mapping[str, Any]) -> None:
     """Build all layers that the base model has and take those that stayed: layers are not all alike."""
     full = skeleton(model, numbers)
-    prefix = f"{getattr(model, 'base_model_prefix', '')}."
     for path, kept in layers.items():
-        names = (path, path.removeprefix(prefix), prefix + path)
-        ours = next((m for m in (_submodule(model, n) for n in names) if isinstance(m, nn.ModuleList)), None)
-        theirs = next((m for m in (_submodule(full, n) for n in names) if isinstance(m, nn.ModuleList)), None)
-        valid = isinstance(kept, list) and all(type(i) is int for i in kept)
-        if ours is None or theirs is None or not valid or not all(0 <= i < len(theirs) for i in kept):
+        ours, theirs = _find(model, path), _find(full, path)
+        lists = isinstance(ours, nn.ModuleList) and isinstance(theirs, nn.ModuleList)
+        if not lists or not all(type(i) is int and 0 <= i < len(theirs) for i in kept):
             raise CompressionError(f"The checkpoint keeps layers {kept!r} of {path!r}, which this model does not have.")
         device = next((p.device for p in ours.parameters()), torch.device("meta"))
-        entries = {str(new): list(theirs)[old].to_empty(device=device) for new, old in enumerate(kept)}
+        layers_of_base = list(theirs)
+        if kept and kept[0] != 0:
+            carry_(layers_of_base[0], layers_of_base[kept[0]], [])
+        entries = {str(new): layers_of_base[old].to_empty(device=device) for new, old in enumerate(kept)}
         ours._modules.clear()
         ours._modules.update(entries)
-
-
-def _submodule(model: nn.Module | None, name: str) -> nn.Module | None:
-    try:
-        return model.get_submodule(name) if model is not None else None
-    except AttributeError:
-        return None

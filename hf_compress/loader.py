@@ -20,7 +20,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .layout import check, lock_replayed, replay_
+from .layout import check, finish_replayed, replay_
 from .plan import CompressionError, Plan
 
 METHOD = "hf_compress"
@@ -150,12 +150,7 @@ class HfCompressQuantizer(HfQuantizer):
         replay_(model, self.quantization_config.layout)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        lock_replayed(model, self.quantization_config.layout)
-        masks = self.quantization_config.masks
-        if masks is not None:
-            from .surgery import mask_
-
-            mask_(model, masks)
+        finish_replayed(model, self.quantization_config.layout)
         # an ordinary model from here on: half(), Trainer and save_pretrained treat quantized ones differently
         model.is_quantized = False
         for name in ("hf_quantizer", "quantization_method"):

@@ -52,11 +52,12 @@ class _Gated:
         return self.weight * (gate[:, None] if isinstance(self, Conv1D) else gate)
 
     def _track(self, inputs: torch.Tensor) -> None:
-        """Adds up, per input column, how often it was not zero and how large it was on average (training only)."""
+        """Adds up, per input column: how often it was not zero, its mean absolute value, and 1 (training only)."""
         if self.hfc_active is not None and self.training:  # type: ignore[attr-defined]
             flat = inputs.detach().reshape(-1, inputs.shape[-1])
             self.hfc_active[0] += (flat != 0).float().mean(0)
             self.hfc_active[1] += flat.float().abs().mean(0)
+            self.hfc_active[2] += 1.0
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[misc]
@@ -88,8 +89,10 @@ def gate_(linear: nn.Module, track: bool = False) -> torch.Tensor:
         assert isinstance(linear.weight, torch.Tensor)
         ones = torch.ones(width(linear, 1), dtype=torch.float32, device=linear.weight.device)
         linear.register_buffer("hfc_gate", ones, persistent=False)
-        stat = torch.zeros(2, width(linear, 1), device=linear.weight.device) if track else None
-        linear.register_buffer("hfc_active", stat, persistent=False)
+        linear.register_buffer("hfc_active", None, persistent=False)
+    if track and linear.hfc_active is None:
+        assert isinstance(linear.weight, torch.Tensor)
+        linear.hfc_active = torch.zeros(3, width(linear, 1), device=linear.weight.device)
     gate = linear.hfc_gate
     assert isinstance(gate, torch.Tensor)
     return gate

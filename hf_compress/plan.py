@@ -6,6 +6,7 @@ import hashlib
 import json
 import operator
 import os
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -19,7 +20,7 @@ from safetensors.torch import save as dump_tensors
 FORMAT = 1
 PLAN_FILE = "compression_plan.json"
 TENSORS_FILE = "compression_plan.safetensors"
-MOST_UNITS = 10_000_000
+MOST_UNITS = 1_000_000  # no layer is that wide; a hostile plan is
 
 
 class CompressionError(ValueError):
@@ -47,7 +48,7 @@ def _indices(values: Any, where: str) -> tuple[int, ...]:
     if not indices:
         raise CompressionError(f"{where} is empty: at least one must stay. To remove a whole layer, use KeepLayers.")
     if len(set(indices)) != len(indices):
-        twice = sorted({i for i in indices if indices.count(i) > 1})
+        twice = sorted(index for index, count in Counter(indices).items() if count > 1)[:8]
         raise CompressionError(f"{where} names {twice} more than once; name each index that stays once.")
     if min(indices) < 0:
         raise CompressionError(f"{where} holds {min(indices)}; indices count from 0.")
@@ -148,7 +149,7 @@ Edit = KeepHeads | KeepNeurons | KeepLayers
 EDITS: dict[str, type] = {"KeepHeads": KeepHeads, "KeepNeurons": KeepNeurons, "KeepLayers": KeepLayers}
 
 
-def _spans(indices: tuple[int, ...]) -> str:
+def spans_of(indices: tuple[int, ...]) -> str:
     """`(0, 1, 2, 5)` -> `"0-2 5"`."""
     parts, start = [], 0
     for i in range(1, len(indices) + 1):
@@ -159,8 +160,8 @@ def _spans(indices: tuple[int, ...]) -> str:
     return " ".join(parts)
 
 
-def _from_spans(text: str) -> list[int]:
-    """The inverse of `_spans`."""
+def from_spans(text: str) -> list[int]:
+    """The inverse of `spans_of`."""
     indices: list[int] = []
     for part in text.split():
         first, _, last = part.partition("-")
@@ -266,7 +267,7 @@ class Plan:
             target, kept = (getattr(edit, f.name) for f in fields(edit))
             if isinstance(edit, KeepLayers):
                 target, kept = edit.stack or "the stack", edit.layers
-            rows.append((type(edit).__name__, target, f"keep {len(kept)}: {_shortened(_spans(kept))}"))
+            rows.append((type(edit).__name__, target, f"keep {len(kept)}: {_shortened(spans_of(kept))}"))
         width = max((len(target) for _, target, _ in rows), default=0)
         head = f"Plan with {len(rows)} edit{'s' * (len(rows) != 1)}"
         if self.tensors:
@@ -310,7 +311,13 @@ class Plan:
                 raise CompressionError("The plan's tensors are not the ones that it was saved with (their digest differs).")
         elif tensors:
             raise CompressionError("This plan was saved without tensors, but tensors were given; drop them.")
-        return cls([edit_from_dict(edit) for edit in data["edits"]], tensors)
+        edits, total = [], 0
+        for edit in data["edits"]:
+            edits.append(edit_from_dict(edit))
+            total += sum(len(value) for value in vars(edits[-1]).values() if isinstance(value, tuple))
+            if total > 10 * MOST_UNITS:
+                raise CompressionError(f"More than {10 * MOST_UNITS:,} indices in one plan; no model is that large.")
+        return cls(edits, tensors)
 
     def save(self, folder: str | os.PathLike) -> None:
         """Write `compression_plan.json` (and `.safetensors`) into a folder, whole or not at all.
@@ -353,7 +360,7 @@ def edit_to_dict(edit: Edit, spans: bool = False) -> dict[str, Any]:
     for field in fields(edit):
         value = getattr(edit, field.name)
         if isinstance(value, tuple):
-            value = _spans(value) if spans else list(value)
+            value = spans_of(value) if spans else list(value)
         data[field.name] = value
     return data
 
@@ -368,7 +375,7 @@ def edit_from_dict(data: Any) -> Edit:
         raise CompressionError(f"{data['edit']} takes {sorted(names)}, got {sorted(values)}.")
     for name in ("heads", "neurons", "layers"):
         if isinstance(values.get(name), str):
-            values[name] = _from_spans(values[name])
+            values[name] = from_spans(values[name])
     return kind(**values)
 
 

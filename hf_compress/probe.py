@@ -16,6 +16,10 @@ from .plan import CompressionError
 NOT_COMPARED = ("attentions", "past_key_values", "loss", "cross_attentions", "hidden_states")
 
 
+class NoInputs(CompressionError):
+    """The proof has no inputs that this model runs on."""
+
+
 def example_inputs(model: nn.Module, rows: int = 2, length: int = 12) -> dict[str, torch.Tensor]:
     """Random inputs from a fixed seed, made from the signature of `forward` and the sizes in the config.
 
@@ -23,7 +27,7 @@ def example_inputs(model: nn.Module, rows: int = 2, length: int = 12) -> dict[st
     spectrograms from a normal distribution, at the smallest size that the config allows.
 
     Raises:
-        CompressionError: the model takes something that this function does not know; pass inputs of your own.
+        NoInputs: the model takes something that this function does not know; pass inputs of your own.
     """
     config = getattr(model, "config", None)
     names = inspect.signature(model.forward).parameters
@@ -54,15 +58,18 @@ def example_inputs(model: nn.Module, rows: int = 2, length: int = 12) -> dict[st
         shape = (rows, sub("max_length"), bins) if bins and sub("max_length") else (rows, 4000)
         inputs["input_values"] = torch.randn(*shape, generator=draw)
     if main == "input_features":
-        frames = 2 * sub("max_source_positions", 50)
-        inputs["input_features"] = torch.randn(1, int(sub("num_mel_bins", 80)), frames, generator=draw)
+        if sub("input_feat_per_channel"):  # Speech2Text: frames first
+            shape = (rows, 64, int(sub("input_feat_per_channel")))
+        else:
+            shape = (1, int(sub("num_mel_bins", 80)), 2 * sub("max_source_positions", 50))
+        inputs["input_features"] = torch.randn(*shape, generator=draw)
     if "decoder_input_ids" in names and getattr(config, "is_encoder_decoder", False):
         some = next(iter(inputs.values()), None)
         count = rows if some is None else some.shape[0]
         vocabulary = _vocabulary(model)
         inputs["decoder_input_ids"] = torch.randint(min(4, vocabulary - 1), vocabulary, (count, 6), generator=draw)
     if not inputs:
-        raise CompressionError(
+        raise NoInputs(
             f"No example inputs for {type(model).__name__}, whose main input is {main!r}; "
             "pass inputs=... (a small batch, as for model(**inputs))."
         )
@@ -81,20 +88,32 @@ def _vocabulary(model: nn.Module) -> int:
 
 
 @contextmanager
-def quiet_run(model: nn.Module) -> Iterator[Callable[[Mapping[str, Any]], Any]]:
-    """A function that runs the model without leaving a trace: eval mode, no gradients, no cache, random state kept."""
+def quiet_run(model: nn.Module) -> Iterator[Callable[..., Any]]:
+    """A function that runs the model without leaving a trace: eval mode, no gradients, random state kept.
+
+    `run(inputs)` runs without a cache (one that a model fills would be filled twice by a proof); `run(inputs, cache=True)`
+    as the model does by default.
+    """
     training = [module for module in model.modules() if module.training]
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
+    configs = {id(m.config): m.config for m in model.modules() if "use_cache" in vars(getattr(m, "config", model))}
     names = inspect.signature(model.forward).parameters
 
-    def run(inputs: Mapping[str, Any]) -> Any:
-        extra = {"use_cache": False} if "use_cache" in names and "use_cache" not in inputs else {}
-        return model(**inputs, **extra)
+    def run(inputs: Mapping[str, Any], cache: bool = False) -> Any:
+        extra = {} if cache or "use_cache" not in names or "use_cache" in inputs else {"use_cache": False}
+        before = {key: config.use_cache for key, config in configs.items()}
+        torch.default_generator.manual_seed(0)
+        try:
+            for config in configs.values() if not cache else ():
+                config.use_cache = False
+            return model(**inputs, **extra)
+        finally:
+            for key, config in configs.items():
+                config.use_cache = before[key]
 
     model.eval()
     try:
         with torch.random.fork_rng(devices), torch.no_grad():
-            torch.manual_seed(0)
             yield run
     finally:
         for module in training:

@@ -25,7 +25,12 @@ def restore_weights(model: PreTrainedModel, checkpoint: str | os.PathLike) -> No
     Raises:
         CompressionError: the checkpoint's weights do not fit this model.
     """
-    fresh = type(model).from_pretrained(checkpoint, dtype=model.dtype)
+    fresh, info = type(model).from_pretrained(checkpoint, dtype=model.dtype, output_loading_info=True)
+    if info["missing_keys"]:
+        raise CompressionError(
+            f"The checkpoint at {checkpoint} has no {sorted(info['missing_keys'])[0]!r} (of {len(info['missing_keys'])} missing "
+            f"weights); it does not belong to this {type(model).__name__}, or is not whole."
+        )
     if _shapes(model) != _shapes(fresh):
         _take_shapes(model, fresh)
     mine, theirs = _shapes(model), _shapes(fresh)
@@ -55,7 +60,8 @@ def _take_shapes(model: PreTrainedModel, small: PreTrainedModel) -> None:
     if modules.keys() != dict(model.named_modules()).keys():
         return  # other layers: the caller says so
     before = compression_of(small.config)
-    layout = {"modules": {name: dict(entry) for name, entry in (before.layout if before else {}).get("modules", {}).items()}}
+    recorded = before.layout["modules"] if before else {}
+    layout: dict = {"modules": {name: dict(entry) for name, entry in recorded.items()}}
     for name, module in model.named_modules():
         other = modules[name]
         shapes = {

@@ -15,9 +15,11 @@ INDEX = ("layer_idx", "layer_id", "layer_index", "layer_number", "block_idx")
 # what configs call the number of layers: of the only stack, or of one side
 DEPTH = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")
 DEPTH_OF = {
-    "encoder": ("encoder_layers", "num_encoder_layers", *DEPTH),
-    "decoder": ("decoder_layers", "num_decoder_layers"),
+    "encoder": ("encoder_layers", "num_encoder_layers", "encoder_num_hidden_layers", *DEPTH),
+    "decoder": ("decoder_layers", "num_decoder_layers", "decoder_num_hidden_layers"),
 }
+# lists with one value a layer whose names do not say so
+PER_LAYER = ("depths", "attention_window")
 # a module of the first layer that computes something for all layers, and the flag that says so: it must move along
 CARRIED = (("relative_attention_bias", "has_relative_attention_bias"),)
 
@@ -35,7 +37,7 @@ def remove_layers_(model: nn.Module, removed: dict[str, tuple[int, ...]], undo: 
         undo.append(lambda stack=stack, before=before: _replace(stack, before))
         depth = len(before)
         if kept[0] != 0:
-            _carry(before["0"], before[str(kept[0])], undo)
+            carry_(before["0"], before[str(kept[0])], undo)
         _replace(stack, {str(new): before[str(old)] for new, old in enumerate(kept)})
         for new, old in enumerate(kept):
             for name, module in stack._modules[str(new)].named_modules():  # type: ignore[union-attr]
@@ -62,7 +64,7 @@ def _replace(stack: nn.Module, entries: dict[str, Any]) -> None:
     stack._modules.update(entries)
 
 
-def _carry(first: Any, new_first: Any, undo: Undo) -> None:
+def carry_(first: Any, new_first: Any, undo: Undo) -> None:
     """Move what only the first layer has, and every layer uses, to the layer that comes first now."""
     for (_, module), (_, target) in zip(first.named_modules(), new_first.named_modules(), strict=False):
         for child, flag in CARRIED:
@@ -80,26 +82,20 @@ def _carry(first: Any, new_first: Any, undo: Undo) -> None:
 def _configs(model: nn.Module, path: str) -> Iterator[tuple[Any, tuple[str, ...]]]:
     """Every config that counts this stack, with the names that it may use for that."""
     names = dict(model.named_modules())
-    lists = [n for n, m in names.items() if isinstance(m, nn.ModuleList) and n != path and len(m) > 0]
-    own = {id(_base(m.config)) for n, m in names.items() if hasattr(m, "config") and n and path.startswith(f"{n}.")}
-    own |= {id(_base(m.config)) for n, m in names.items() if hasattr(m, "config") and n.startswith(f"{path}.")}
     side = next((word for word in reversed(path.split(".")) if word in DEPTH_OF), None)
     other = {"encoder": "decoder", "decoder": "encoder"}.get(side or "", "")
-    two_sided = any(other in n.split(".") for n in lists) if other else False
+    # a config that both sides hang on counts each under its own name
+    of_other = {id(_base(m.config)) for n, m in names.items() if hasattr(m, "config") and other in n.split(".")}
+    two_sided = any(isinstance(m, nn.ModuleList) and len(m) and other in n.split(".") for n, m in names.items())
     seen: set[int] = set()
-    root = getattr(model, "config", None)
-    for module in names.values():
+    for name, module in names.items():
         config = _base(getattr(module, "config", None))
-        if config is None or id(config) in seen or not hasattr(config, "__dict__"):
+        near = not name or path == name or path.startswith(f"{name}.") or name.startswith(f"{path}.")
+        if config is None or id(config) in seen or not near or not hasattr(config, "__dict__"):
             continue
         seen.add(id(config))
-        if config is _base(root) and two_sided:
-            yield config, DEPTH_OF[side]  # type: ignore[index]
-        elif id(config) in own or config is _base(root) and id(config) in own:
-            shared = two_sided and any(
-                _base(m.config) is config for n, m in names.items() if hasattr(m, "config") and other in n.split(".")
-            )
-            yield config, DEPTH_OF[side] if shared else (*DEPTH, *DEPTH_OF.get(side or "", ()))  # type: ignore[index]
+        shared = side is not None and two_sided and (not name or id(config) in of_other)
+        yield config, DEPTH_OF[side] if shared and side else (*DEPTH, *DEPTH_OF.get(side or "", ()))
 
 
 def _base(config: Any) -> Any:
@@ -112,16 +108,16 @@ def _count(config: Any, names: tuple[str, ...], path: str, depth: int, kept: tup
         _name_stages(config, kept, undo)
     stage = next((int(word) for word in reversed(path.split(".")) if word.isdigit()), None)
     for name, value in list(values.items()):
-        new: Any = value
         if name in names and type(value) is int and value == depth and stage is None:
-            new = len(kept)
-        elif name == "depths" and isinstance(value, list | tuple) and stage is not None and stage < len(value):
+            new: Any = len(kept)
+        elif name == "depths" and stage is not None and isinstance(value, list | tuple) and stage < len(value):
             new = [len(kept) if i == stage else n for i, n in enumerate(value)]
-        elif "layer" in name and isinstance(value, list | tuple) and len(value) == depth and stage is None:
+        elif isinstance(value, list | tuple) and counts_layers(name, value) and len(value) == depth and stage is None:
             new = [value[i] for i in kept]
-        if new != value:
-            undo.append(lambda c=config, n=name, v=value: c.__dict__.__setitem__(n, v))
-            config.__dict__[name] = new
+        else:
+            continue
+        undo.append(lambda c=config, n=name, v=value: c.__dict__.__setitem__(n, v))
+        config.__dict__[name] = new
 
 
 def _name_stages(config: Any, kept: tuple[int, ...], undo: Undo) -> None:
@@ -140,12 +136,18 @@ def config_numbers(model: nn.Module) -> dict[str, Any]:
     from copy import deepcopy
 
     found: dict[str, Any] = {}
-    every = {*DEPTH, *DEPTH_OF["encoder"], *DEPTH_OF["decoder"], "depths"}
     for name, config in config_parts(model):
         for key, value in vars(config).items():
-            if key in every or ("layer" in key and isinstance(value, list | tuple)):
+            if counts_layers(key, value):
                 found[f"{name}.{key}".lstrip(".")] = deepcopy(value)
     return found
+
+
+def counts_layers(key: str, value: Any) -> bool:
+    """Whether a config value is one that removing layers may change."""
+    if isinstance(value, list | tuple):
+        return ("layer" in key or key in PER_LAYER) and all(isinstance(v, str | int | float | None) for v in value)
+    return type(value) is int and key in {*DEPTH, *DEPTH_OF["encoder"], *DEPTH_OF["decoder"]}
 
 
 def config_parts(model: nn.Module) -> Iterator[tuple[str, Any]]:

@@ -11,12 +11,12 @@ from torch.nn.utils import parametrize, prune
 from transformers import PreTrainedModel
 
 from .cutting import Cut, Undo, Variant, cut_, is_plain_linear
-from .discover import discover
-from .layout import layers_differ, merge, renamed, skeleton, stock_numbers
+from .discover import Attention, discover
+from .layout import gates_of, layers_differ, merge, renamed, skeleton, stock_numbers, unrecorded
 from .loader import HfCompressConfig, compression_of
 from .modules import LockedLinear, gate_, is_gated, ungate_
-from .plan import CompressionError, Plan
-from .probe import difference, example_inputs, quiet_run, tensors_in, tolerance
+from .plan import CompressionError, KeepHeads, KeepNeurons, Plan
+from .probe import NoInputs, difference, example_inputs, quiet_run, tensors_in, tolerance
 from .prove import prove
 from .resolve import Resolved, resolve
 from .stacks import config_numbers, config_parts, remove_layers_
@@ -26,27 +26,28 @@ class Mask:
     """What `mask_` returns: the mask is on until `.remove()`, or until the end of a `with` block."""
 
     def __init__(self, model: nn.Module, resolved: Resolved) -> None:
-        self._gates: list[tuple[nn.Module, torch.Tensor | None]] = []
+        self._gated: list[nn.Module] = []
         self._hooks: list[Any] = []
         for cut in resolved.cuts:
             module = model.get_submodule(cut.block.out)
-            before = module.hfc_gate.clone() if is_gated(module) else None  # type: ignore[operator]
-            self._gates.append((module, before))  # type: ignore[arg-type]
+            if "hfc_masks" not in module.__dict__:
+                base = gate_(module).clone() if is_gated(module) else None  # a mask of a checkpoint or a training
+                module.__dict__["hfc_masks"] = {None: base}
             gate = gate_(module)
-            gate.mul_(cut.gate().to(gate.device))
+            module.__dict__["hfc_masks"][id(self)] = cut.gate().to(gate.device)
+            _combine(module)
+            self._gated.append(module)
         for path, kept in resolved.removed.items():
             for index, layer in enumerate(model.get_submodule(path).children()):
                 if index not in kept:
                     self._hooks.append(layer.register_forward_hook(_skip, with_kwargs=True))
 
     def remove(self) -> None:
-        """Take the mask off; gates that were there before it are as they were. A second call does nothing."""
-        while self._gates:
-            module, before = self._gates.pop()
-            if before is None:
-                ungate_(module)
-            elif is_gated(module):
-                gate_(module).copy_(before)
+        """Take this mask off; what other masks hide stays hidden. A second call does nothing."""
+        while self._gated:
+            module = self._gated.pop()
+            module.__dict__.get("hfc_masks", {}).pop(id(self), None)
+            _combine(module)
         while self._hooks:
             self._hooks.pop().remove()
 
@@ -57,10 +58,28 @@ class Mask:
         self.remove()
 
 
+def _combine(module: nn.Module) -> None:
+    """A gate is the product of all masks on it; without any, there is none."""
+    masks = module.__dict__.get("hfc_masks")
+    if masks is None or not is_gated(module):
+        module.__dict__.pop("hfc_masks", None)
+        return
+    base = masks[None]
+    others = [mask for key, mask in masks.items() if key is not None]
+    if base is None and not others:
+        ungate_(module)
+    else:
+        gate = gate_(module).fill_(1.0)
+        for mask in ([] if base is None else [base]) + others:
+            gate.mul_(mask.to(gate.device))
+    if not others:
+        del module.__dict__["hfc_masks"]
+
+
 def _skip(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
     """A layer that is as if it were not there: its first output is its first input."""
     hidden = args[0] if args else kwargs.get("hidden_states")
-    return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+    return type(output)([hidden, *output[1:]]) if type(output) in (tuple, list) else hidden
 
 
 def mask_(model: nn.Module, plan: Plan) -> Mask:
@@ -153,6 +172,7 @@ def apply_(model: nn.Module, plan: Plan, *, inputs: Mapping[str, Any] | None = N
         )
     if not cuts and not removed:
         return outer
+    _check_adapters(model)
     _check_modules(model, cuts)
     _check_masks(model, cuts)
     _check_sharing(model, cuts)
@@ -223,8 +243,21 @@ def _check_modules(model: nn.Module, cuts: list[Cut]) -> None:
                 )
 
 
+def _check_adapters(model: nn.Module) -> None:
+    """Refuse models with adapters: what is saved of them is the adapter alone."""
+    for module in model.modules():
+        if hasattr(module, "peft_config") or getattr(module, "_hf_peft_config_loaded", False):
+            raise CompressionError(
+                f"{type(module).__name__} carries adapters; saving it would save them and not the cut. Merge them first "
+                "(merge_and_unload()), or cut the base model before adding any."
+            )
+
+
 def _check_masks(model: nn.Module, cuts: list[Cut]) -> None:
     """Refuse to cut under a mask that hides what the plan keeps: it would be lost with the columns around it."""
+    for name, layer in model.named_modules():
+        if _skip in layer._forward_hooks.values():
+            raise CompressionError(f"The layer {name!r} is masked; remove that mask first (Mask.remove()), then cut.")
     for cut in cuts:
         module = model.get_submodule(cut.block.out)
         if is_gated(module) and bool(((module.hfc_gate == 0) & (cut.gate().to(module.hfc_gate.device) == 1)).any()):  # type: ignore
@@ -260,38 +293,47 @@ def _prove_all(model: nn.Module, resolved: Resolved, inputs: Mapping[str, Any] |
     try:
         with quiet_run(model) as run:
             run(inputs)
-    except (RuntimeError, ValueError, TypeError, IndexError, AttributeError, KeyError) as error:
-        raise CompressionError(
+    except Exception as error:
+        raise NoInputs(
             f"{type(model).__name__} does not run on the proof's inputs ({', '.join(inputs)}): "
             f"{type(error).__name__}: {error}. Pass inputs=... with a small batch that it runs on."
         ) from error
     if resolved.removed:
         _try_layers(model, resolved, inputs)
-    return prove(model, resolved.cuts, inputs, lambda: Mask(model, resolved)) if resolved.cuts else {}
+    if not resolved.cuts:
+        return {}
+    try:
+        return prove(model, resolved.cuts, inputs, lambda: Mask(model, resolved))
+    except CompressionError:
+        raise
+    except Exception as error:  # whatever a model does on a copy of its part: no proof, so no cut
+        raise CompressionError(
+            f"Cannot prove the cut of this {type(model).__name__}, so nothing was changed: {type(error).__name__}: {error}"
+        ) from error
 
 
 def _try_layers(model: nn.Module, resolved: Resolved, inputs: Mapping[str, Any]) -> None:
-    """Remove the layers, run, put them back: it must be the function in which they are skipped."""
+    """Remove the layers, run, put them back: it must be the function in which they are skipped, with a cache and without."""
     skipped = Resolved(resolved.structure, layers=resolved.layers)
-    undo: Undo = []
+    reason = ""
     with quiet_run(model) as run:
         with Mask(model, skipped):
             expected = tensors_in(run(inputs))
+        undo: Undo = []
         try:
             remove_layers_(model, resolved.removed, undo)
-            try:
-                got = tensors_in(run(inputs))
-            except (RuntimeError, ValueError, TypeError, IndexError, AttributeError, KeyError) as error:
-                got, reason = [], f"{type(error).__name__}: {error}"
-            else:
-                reason = "removing them gives another function than skipping them"
+            for cache in (False, True):
+                got = tensors_in(run(inputs, cache))
+                if len(got) != len(expected) or any(
+                    difference(a, b) > tolerance(a.dtype) for (_, a), (_, b) in zip(expected, got, strict=True)
+                ):
+                    reason = "removing them gives another function than skipping them"
+        except Exception as error:  # layers that others depend on break a forward in any way
+            reason = f"without them it fails with {type(error).__name__}: {error}"
         finally:
             while undo:
                 undo.pop()()
-    agree = len(got) == len(expected) and all(
-        difference(a, b) <= tolerance(a.dtype) for (_, a), (_, b) in zip(expected, got, strict=False)
-    )
-    if not agree:
+    if reason:
         raise CompressionError(
             f"Cannot remove these layers of {', '.join(resolved.removed)} exactly, so nothing was changed: {reason}. "
             "Keep the layers that others depend on (usually the first)."
@@ -344,10 +386,18 @@ def _stamp(
         config.__dict__.update(state)
 
     undo.append(restore)
+    masks = None
+    if before is not None and before.masks is not None:  # from the middle of a training: what is not cut stays masked
+        masks, gates = _masks_of(owner), gates_of(owner)
+        layout = {**layout, "gates": gates}
+        if not gates:
+            masks, layout = None, {k: v for k, v in layout.items() if k != "gates"}
     if gone:
         _record_layers(owner, layout, gone, numbers_before, undo)  # type: ignore[arg-type]
-    stock = None if layout.get("layers") else stock_numbers(owner, discover(owner), layout["modules"])
+    structure = discover(owner)
+    stock = None if layout.get("layers") or masks else stock_numbers(owner, structure, layout["modules"])
     if stock is not None:
+        layout = None
         config.__dict__.pop("quantization_config", None)
         parts = dict(config_parts(owner))
         for key, value in stock.items():
@@ -356,10 +406,32 @@ def _stamp(
             was = target.__dict__.get(attribute)
             undo.append(lambda t=target, a=attribute, v=was: t.__dict__.__setitem__(a, v))
             setattr(target, attribute, value)
-        return
-    if not any("shapes" in entry for entry in layout["modules"].values()):
-        _lock(owner, layout, undo)
-    config.quantization_config = HfCompressConfig(plan=edits.to_dict(spans=True), layout=layout)
+    else:
+        if not any("shapes" in entry for entry in layout["modules"].values()):
+            _lock(owner, layout, undo)
+        record = HfCompressConfig(plan=edits.to_dict(spans=True), layout=layout, masks=masks and masks.to_dict(spans=True))
+        config.quantization_config = record
+    place = unrecorded(owner, layout)
+    if place is not None:
+        raise CompressionError(
+            f"Nothing was changed: this cut of {type(owner).__name__} could not be saved so that it loads again ({place} would "
+            "differ). Leave the layers or blocks that it depends on out of the plan."
+        )
+
+
+def _masks_of(owner: nn.Module) -> Plan:
+    """What the gates of a model hide, as a plan in the model's own numbering."""
+    edits: list[KeepHeads | KeepNeurons] = []
+    structure = discover(owner)
+    for block in (*structure.attentions, *structure.ffns):
+        module = owner.get_submodule(block.out)
+        if is_gated(module) and bool((module.hfc_gate == 0).any()):
+            columns = module.hfc_gate.nonzero().flatten()  # type: ignore[operator]
+            if isinstance(block, Attention):
+                edits.append(KeepHeads(block.name, tuple((columns // block.head_dim).unique().tolist())))
+            else:
+                edits.append(KeepNeurons(block.name, tuple(columns.tolist())))
+    return Plan(edits)
 
 
 def _record_layers(
@@ -383,8 +455,14 @@ def _value(owner: PreTrainedModel, key: str) -> Any:
 def _lock(owner: PreTrainedModel, layout: dict, undo: Undo) -> None:
     """Nothing in this checkpoint has another shape, so one weight gets one on disk: it must not load without us."""
     inside = tuple(layout.get("layers", {})) or ("",)
+    structure = discover(owner)
+    outs = {block.out for block in (*structure.attentions, *structure.ffns)}  # those carry gates
     for name, module in owner.named_modules():
-        if type(module) in (nn.Linear, LockedLinear) and any(not p or name.startswith(f"{p}.") for p in inside):
+        if (
+            name not in outs
+            and type(module) in (nn.Linear, LockedLinear)
+            and any(not p or name.startswith(f"{p}.") for p in inside)
+        ):
             if type(module) is nn.Linear:
                 undo.append(lambda m=module: setattr(m, "__class__", nn.Linear))
                 module.__class__ = LockedLinear

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from transformers import PreTrainedModel, Trainer
 
 from .files import staged
 from .probe import quiet_run
 from .resume import restore_weights
+
+WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 
 
 class CompressionTrainer(Trainer):
@@ -49,23 +53,30 @@ class CompressionTrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
         if not self._loss_scaling_known:
-            self._loss_scaling_known = True
-            if self.model_accepts_loss_kwargs and num_items_in_batch is not None and self.compute_loss_func is None:
-                self.model_accepts_loss_kwargs = self._uses_num_items(inputs)
+            uses = self._uses_num_items(inputs) if num_items_in_batch is not None else None
+            if uses is not None:
+                self._loss_scaling_known = True
+                self.model_accepts_loss_kwargs = uses
         return super().training_step(model, inputs, num_items_in_batch)
 
-    def _uses_num_items(self, inputs: dict[str, Any]) -> bool:
-        """Whether the model's own loss depends on `num_items_in_batch`: one forward pass with 1 and one with 2."""
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled or not isinstance(self.model, PreTrainedModel):
+    def _uses_num_items(self, inputs: dict[str, Any]) -> bool | None:
+        """Whether the model's own loss depends on `num_items_in_batch`: one forward pass with 1 and one with 2.
+
+        None where this batch cannot tell (all its labels are ignored): the next one is asked. Ranks agree.
+        """
+        plain = not (self.is_fsdp_enabled or self.is_deepspeed_enabled) and isinstance(self.model, PreTrainedModel)
+        if not plain or not self.model_accepts_loss_kwargs or self.compute_loss_func is not None:
             return self.model_accepts_loss_kwargs
         inputs = self._prepare_inputs(inputs)
         with quiet_run(self.model) as run, self.compute_loss_context_manager():
-            losses = [run({**inputs, "num_items_in_batch": torch.tensor(n, device=self.args.device)}) for n in (1, 2)]
-        values = [getattr(output, "loss", None) for output in losses]
-        if not all(isinstance(value, torch.Tensor) for value in values):
-            return self.model_accepts_loss_kwargs
-        one, two = (torch.as_tensor(value).float() for value in values)
-        return not torch.allclose(one, two)
+            outputs = [run({**inputs, "num_items_in_batch": torch.tensor(n, device=self.args.device)}) for n in (1, 2)]
+        one, two = (torch.as_tensor(getattr(o, "loss", None) or 0.0).float().cpu() for o in outputs)
+        answer = -1 if not torch.isfinite(one) or one == 0 else int(not torch.allclose(one, two))
+        if dist.is_initialized():
+            agreed = torch.tensor(answer, device=self.args.device)
+            dist.all_reduce(agreed, dist.ReduceOp.MAX)
+            answer = int(agreed)
+        return None if answer < 0 else bool(answer)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         target = model or self.model
@@ -81,10 +92,11 @@ class CompressionTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         folder = Path(output_dir if output_dir is not None else self.args.output_dir or ".")
-        with staged(folder, remove=_stale_weights(folder)) as stage:
+        whole = isinstance(self.accelerator.unwrap_model(self.model), PreTrainedModel)  # adapters replace no weights
+        with staged(folder, remove=_stale_weights(folder) if whole else ()) as stage:
             super()._save(os.fspath(stage), state_dict)
 
 
 def _stale_weights(folder: Path) -> list[str]:
     """Weight files that a save with another sharding would leave beside the new ones."""
-    return [path.name for path in folder.glob("model*.safetensors*")] if folder.is_dir() else []
+    return [path.name for path in folder.iterdir() if WEIGHTS.fullmatch(path.name)] if folder.is_dir() else []

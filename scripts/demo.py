@@ -22,6 +22,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     DataCollatorWithPadding,
+    PrinterCallback,
     ProgressCallback,
     Trainer,
     TrainingArguments,
@@ -86,7 +87,8 @@ def run(args: argparse.Namespace, task: dict[str, Any]) -> None:
 
     def accuracy(model) -> dict[str, float]:
         scorer = trainer_for(model, 1, 1e-4)
-        scorer.remove_callback(ProgressCallback)
+        for printer in (ProgressCallback, PrinterCallback):
+            scorer.remove_callback(printer)
         return {"accuracy": scorer.evaluate()["eval_accuracy"]}
 
     print("What can be cut\n" + str(hc.discover(model)) + "\n")
