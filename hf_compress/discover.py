@@ -206,7 +206,8 @@ def discover(model: nn.Module) -> Structure:
     """
     if not isinstance(model, nn.Module):
         raise CompressionError(f"discover takes a model (a torch.nn.Module), got {type(model).__name__}.")
-    modules = dict(model.named_modules())
+    inner = getattr(model, "_orig_mod", model)  # torch.compile: names are those of the model inside
+    modules = dict(inner.named_modules())
     attentions = tuple(_attentions(modules))
     taken = {part.module for a in attentions for part in a.parts}
     ffns = tuple(_ffns(modules, taken))

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import random
 import sys
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, Trainer
@@ -55,15 +58,45 @@ def restore_what_stock_lost(trainer: Trainer, model: Any) -> None:
         frame = frame.f_back
 
 
+def first_rows(trainer: Trainer, rows: int = 2) -> dict[str, Any] | None:
+    """A small batch of the training data, collated as the Trainer would, without labels; None where rows have no index.
+
+    No data loader is made and all random states are put back, so training sees what it would have seen.
+    """
+    dataset: Any = trainer.train_dataset
+    if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__") or not len(dataset):
+        return None
+    states = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng():
+        try:
+            collate = trainer._get_collator_with_removed_columns(trainer.data_collator)  # type: ignore[arg-type]
+            batch = collate([dataset[i] for i in range(min(rows, len(dataset)))])
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])
+    batch = trainer._prepare_inputs(dict(batch))
+    return {name: value for name, value in batch.items() if "label" not in name}
+
+
 GUARDED = ("_run_epoch", "_evaluate", "_finalize_training")
 
 
-def guard(trainer: Trainer, abandon: Callable[[], None]) -> None:
-    """From here to the end of `train()`, let an exception (Ctrl-C too) take our gates off on its way out."""
+def guard(trainer: Trainer, enter: Callable[[], None], abandon: Callable[[], None]) -> None:
+    """Call `enter` when this `train()` gets to work, and `abandon` when an exception (Ctrl-C too) leaves it.
 
-    def guarded(function: Callable[..., Any]) -> Callable[..., Any]:
+    `on_train_begin` is too early to change a model: another callback may still refuse to train. So `enter` runs with the
+    first thing that a training does.
+    """
+    unguard(trainer)
+    state = trainer.state
+
+    def guarded(function: Callable[..., Any], enters: bool) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
+            if trainer.state is not state:  # a later train() without us
+                return function(*args, **kwargs)
             try:
+                if enters:
+                    enter()
                 return function(*args, **kwargs)
             except BaseException:
                 abandon()
@@ -72,9 +105,9 @@ def guard(trainer: Trainer, abandon: Callable[[], None]) -> None:
         return call
 
     for name in GUARDED:
-        trainer.__dict__[name] = guarded(getattr(trainer, name))
+        trainer.__dict__[name] = guarded(getattr(trainer, name), True)
     handler = trainer.callback_handler
-    handler.__dict__["call_event"] = guarded(handler.call_event)
+    handler.__dict__["call_event"] = guarded(handler.call_event, False)
 
 
 def unguard(trainer: Trainer) -> None:

@@ -346,7 +346,7 @@ def gates_of(model: nn.Module) -> dict[str, str]:
     """Which inputs of which projections are not masked, for every projection that masks some: a layout's `gates`."""
     found = {}
     for name, module in model.named_modules():
-        if is_gated(module) and bool((module.hfc_gate == 0).any()):
+        if is_gated(module) and bool((module.hfc_gate == 0).any()):  # type: ignore[union-attr]
             found[name] = spans_of(tuple(module.hfc_gate.nonzero().flatten().tolist()))  # type: ignore[operator,union-attr]
     return found
 
@@ -366,7 +366,8 @@ def _pick_layers(model: nn.Module, layers: Mapping[str, Any], numbers: Mapping[s
     """Build all layers that the base model has and take those that stayed: layers are not all alike."""
     full = skeleton(model, numbers)
     for path, kept in layers.items():
-        ours, theirs = _find(model, path), _find(full, path)
+        ours: Any = _find(model, path)
+        theirs: Any = _find(full, path)
         lists = isinstance(ours, nn.ModuleList) and isinstance(theirs, nn.ModuleList)
         if not lists or not all(type(i) is int and 0 <= i < len(theirs) for i in kept):
             raise CompressionError(f"The checkpoint keeps layers {kept!r} of {path!r}, which this model does not have.")

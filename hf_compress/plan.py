@@ -35,12 +35,12 @@ def _name(value: Any, where: str) -> str:
 
 def _indices(values: Any, where: str) -> tuple[int, ...]:
     """Sorted unique indices >= 0. Order has no meaning in what is kept, so two plans that keep the same compare equal."""
-    if isinstance(values, str | bytes) or not isinstance(values, Iterable):
+    if isinstance(values, str | bytes) or not isinstance(values, Iterable) or getattr(values, "ndim", 1) != 1:
         raise CompressionError(f"{where} must be a sequence of indices of what stays, got {values!r}.")
     indices = []
     for value in values:
         try:
-            if isinstance(value, bool):
+            if isinstance(value, bool) or str(getattr(value, "dtype", "")).endswith("bool"):
                 raise TypeError
             indices.append(operator.index(value))
         except TypeError:
@@ -164,8 +164,14 @@ def from_spans(text: str) -> list[int]:
     """The inverse of `spans_of`."""
     indices: list[int] = []
     for part in text.split():
-        first, _, last = part.partition("-")
-        if not first.isdecimal() or not (last or first).isdecimal() or int(last or first) - int(first) > MOST_UNITS:
+        first, dash, last = part.partition("-")
+        if (
+            dash
+            and not last
+            or not first.isdecimal()
+            or not (last or first).isdecimal()
+            or int(last or first) - int(first) > MOST_UNITS
+        ):
             raise CompressionError(f"{part!r} is no span of indices such as '3' or '0-7'.")
         indices.extend(range(int(first), int(last or first) + 1))
         if len(indices) > MOST_UNITS:
@@ -210,6 +216,10 @@ class Plan:
     tensors: dict[str, torch.Tensor] | None
 
     def __init__(self, edits: Iterable[Edit] = (), tensors: Mapping[str, torch.Tensor] | None = None) -> None:
+        if not isinstance(edits, Iterable) or (tensors is not None and not isinstance(tensors, Mapping)):
+            raise CompressionError(
+                f"Plan takes a sequence of edits and a dict of tensors, got {edits!r} and {type(tensors).__name__}."
+            )
         edits = tuple(edits)
         for edit in edits:
             if not isinstance(edit, tuple(EDITS.values())):
@@ -294,7 +304,7 @@ class Plan:
         """
         if not isinstance(data, Mapping) or not isinstance(data.get("edits"), list):
             raise CompressionError(f"Not a plan: expected a dict with a list of 'edits', got {str(data)[:80]!r}.")
-        unknown = sorted(set(data) - {"format", "edits", "tensors"})
+        unknown = sorted(str(key) for key in set(data) - {"format", "edits", "tensors"})
         if unknown:
             raise CompressionError(f"A plan has 'format', 'edits' and 'tensors', got also {unknown}.")
         if data.get("format") != FORMAT:
@@ -327,6 +337,8 @@ class Plan:
         """
         from .files import replace_files
 
+        if not isinstance(folder, str | os.PathLike):
+            raise CompressionError(f"Plan.save takes the path of a folder, got {folder!r}.")
         files = {PLAN_FILE: (json.dumps(self.to_dict(), indent=1) + "\n").encode()}
         if self.tensors:
             files[TENSORS_FILE] = dump_tensors({k: v.detach().cpu().contiguous() for k, v in self.tensors.items()})
@@ -339,6 +351,8 @@ class Plan:
         Raises:
             CompressionError: there is none, or it is truncated or changed.
         """
+        if not isinstance(folder, str | os.PathLike):
+            raise CompressionError(f"Plan.load takes the path of a folder, got {folder!r}.")
         path = Path(folder) / PLAN_FILE
         try:
             data = json.loads(path.read_text())
@@ -366,7 +380,8 @@ def edit_to_dict(edit: Edit, spans: bool = False) -> dict[str, Any]:
 
 
 def edit_from_dict(data: Any) -> Edit:
-    kind = EDITS.get(data.get("edit", "")) if isinstance(data, Mapping) else None
+    name = data.get("edit") if isinstance(data, Mapping) else None
+    kind = EDITS.get(name) if isinstance(name, str) else None
     if kind is None:
         raise CompressionError(f"Not an edit: {str(data)[:80]!r}. Known edits: {', '.join(EDITS)}.")
     values = {name: value for name, value in data.items() if name != "edit"}

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from .plan import CompressionError
 
@@ -96,7 +97,10 @@ def quiet_run(model: nn.Module) -> Iterator[Callable[..., Any]]:
     """
     training = [module for module in model.modules() if module.training]
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
-    configs = {id(m.config): m.config for m in model.modules() if "use_cache" in vars(getattr(m, "config", model))}
+    found: list[Any] = [getattr(m, "config", None) for m in model.modules()]
+    configs: dict[int, Any] = {
+        id(config): config for config in found if hasattr(config, "__dict__") and "use_cache" in vars(config)
+    }
     names = inspect.signature(model.forward).parameters
 
     def run(inputs: Mapping[str, Any], cache: bool = False) -> Any:
@@ -118,6 +122,52 @@ def quiet_run(model: nn.Module) -> Iterator[Callable[..., Any]]:
     finally:
         for module in training:
             module.training = True
+
+
+@contextmanager
+def probing(model: nn.Module, inputs: Mapping[str, Any] | None) -> Iterator[Callable[..., list[Any]]]:
+    """A function `run(cache=False)` that runs a model on the proof's inputs, and gives a list of its outputs.
+
+    With `inputs`, the model itself runs on them. Without, every transformers model that it is or holds runs on inputs made
+    for it, so that a module around one (a SentenceTransformer, say) needs none.
+
+    Raises:
+        NoInputs: there are no inputs, or the model does not run on them.
+    """
+    if inputs is not None and (not isinstance(inputs, Mapping) or not all(isinstance(key, str) for key in inputs)):
+        raise CompressionError(f"inputs must be a batch as for model(**inputs), got {type(inputs).__name__}.")
+    if inputs is not None:
+        parts: list[tuple[nn.Module, dict[str, Any]]] = [(model, {k: v for k, v in inputs.items() if k != "labels"})]
+    else:
+        parts = [(owner, example_inputs(owner)) for _, owner in owners_in(model)]
+    if not parts:
+        raise NoInputs(
+            f"{type(model).__name__} holds no transformers model to make inputs for; pass inputs=... (a small batch)."
+        )
+    with ExitStack() as stack:
+        runs = [(stack.enter_context(quiet_run(part)), batch) for part, batch in parts]
+
+        def run(cache: bool = False) -> list[Any]:
+            return [run_part(batch, cache) for run_part, batch in runs]
+
+        try:
+            run()
+        except Exception as error:  # a model may refuse an input in any way
+            names = ", ".join(name for _, batch in parts for name in batch)
+            raise NoInputs(
+                f"{type(model).__name__} does not run on the proof's inputs ({names}): {type(error).__name__}: {error}. "
+                "Pass inputs=... with a small batch that it runs on."
+            ) from error
+        yield run
+
+
+def owners_in(model: nn.Module) -> list[tuple[str, PreTrainedModel]]:
+    """The outermost transformers models in a module, with their paths: a model itself, or what a wrapper holds."""
+    found: list[tuple[str, PreTrainedModel]] = []
+    for name, module in model.named_modules():
+        if isinstance(module, PreTrainedModel) and not any(not n or name.startswith(f"{n}.") for n, _ in found):
+            found.append((name, module))
+    return found
 
 
 def tensors_in(value: Any, name: str = "") -> list[tuple[str, torch.Tensor]]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+import functools
+from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
@@ -14,13 +15,13 @@ from tqdm.auto import tqdm
 from .cutting import Cut, Variant, cut_, variants
 from .modules import gate_, ungate_
 from .plan import CompressionError
-from .probe import difference, map_tensors, quiet_run, tensors_in, tolerance
+from .probe import difference, map_tensors, tensors_in, tolerance
 
 
-def prove(model: nn.Module, cuts: list[Cut], inputs: Mapping[str, Any], masked: Callable[[], Any]) -> dict[str, Variant]:
+def prove(model: nn.Module, cuts: list[Cut], run: Callable[[], list[Any]], masked: Callable[[], Any]) -> dict[str, Variant]:
     """Show that each cut equals its mask on this model, or refuse; the model is as before when this returns.
 
-    One pass of the masked model over `inputs`, in which every block's place is taken, when its turn comes, by a copy
+    One pass of the masked model over the proof's inputs, in which every block's place is taken, when its turn comes, by a copy
     that has been cut. Twice over, per block:
 
     1. *Structure.* On a copy in float32 with all weights drawn anew (so that zero biases, dead units or untrained
@@ -35,7 +36,7 @@ def prove(model: nn.Module, cuts: list[Cut], inputs: Mapping[str, Any], masked: 
     Args:
         model: the model, dense where it will be cut.
         cuts: what stays in each block.
-        inputs: a small batch, as for `model(**inputs)`.
+        run: runs the model on a small batch and gives its outputs (`probe.probing`).
         masked: enters the mask of the whole plan; called with no arguments, gives a context manager.
 
     Returns:
@@ -49,7 +50,13 @@ def prove(model: nn.Module, cuts: list[Cut], inputs: Mapping[str, Any], masked: 
     proved: dict[str, Variant] = {}
     progress = tqdm(total=len(groups), desc="prove", unit="block", leave=False, disable=None, delay=3)
 
-    def stand_in(scope: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+    given: dict[str, list[tuple[Any, Any]]] = {scope: [] for scope in groups}
+
+    def remember(scope: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+        given[scope].append((args, kwargs))  # as they are before any hook of the module changes them
+
+    def stand_in(scope: str, module: nn.Module, _args: Any, _kwargs: Any, output: Any) -> Any:
+        args, kwargs = given[scope].pop()
         group = groups[scope]
         if any(cut.block.name not in proved for cut in group):
             progress.update()
@@ -63,17 +70,22 @@ def prove(model: nn.Module, cuts: list[Cut], inputs: Mapping[str, Any], masked: 
         _compare(output, replaced, f"the cut of {_names(group)}", first_only=True)
         return replaced
 
-    with quiet_run(model) as run, masked(), progress:
-        reference = run(inputs)
+    with masked(), progress:
+        reference = run()
         with ExitStack() as hooks:
             for scope in groups:
-                handle = modules[scope].register_forward_hook(_bind(stand_in, scope), with_kwargs=True)
-                hooks.callback(handle.remove)
-            result = run(inputs)
+                before = _ours(functools.partial(remember, scope))
+                after = _ours(functools.partial(stand_in, scope))
+                for handle in (
+                    modules[scope].register_forward_pre_hook(before, prepend=True, with_kwargs=True),
+                    modules[scope].register_forward_hook(after, with_kwargs=True),
+                ):
+                    hooks.callback(handle.remove)
+            result = run()
     idle = [cut.block.name for cut in cuts if cut.block.name not in proved]
     if idle:
         raise CompressionError(
-            f"Cannot prove a cut of {idle[0]!r}: it did not run on the proof's inputs ({', '.join(inputs)}). "
+            f"Cannot prove a cut of {idle[0]!r}: it did not run on the proof's inputs. "
             "Pass inputs=... with a batch that uses it, or leave it out of the plan."
         )
     _compare(reference, result, "the cut model as a whole")
@@ -94,22 +106,28 @@ def _names(group: list[Cut]) -> str:
     return ", ".join(repr(cut.block.name) for cut in group)
 
 
-def _bind(stand_in: Callable[..., Any], scope: str) -> Callable[..., Any]:
-    def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-        return stand_in(scope, module, args, kwargs, output)
+def _ours(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A hook that copies of the module will not keep."""
+
+    def hook(*args: Any) -> Any:
+        return function(*args)
 
     hook.hfc_stand_in = True  # type: ignore[attr-defined]
     return hook
 
 
 def _copy(module: nn.Module) -> nn.Module:
-    """A copy that no gradient, hook of ours or compiled call reaches."""
+    """A copy that no gradient and no hook of ours reaches."""
     double = copy.deepcopy(module)
     for part in double.modules():
-        for key, hook in list(part._forward_hooks.items()):
-            if getattr(hook, "hfc_stand_in", False):
-                part._forward_hooks.pop(key)
-                part._forward_hooks_with_kwargs.pop(key, None)
+        for hooks, more in (
+            (part._forward_hooks, part._forward_hooks_with_kwargs),
+            (part._forward_pre_hooks, part._forward_pre_hooks_with_kwargs),
+        ):
+            for key, hook in list(hooks.items()):
+                if getattr(hook, "hfc_stand_in", False):
+                    hooks.pop(key)
+                    more.pop(key, None)
     return double.requires_grad_(False)
 
 

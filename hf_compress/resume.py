@@ -6,6 +6,7 @@ import json
 import os
 import struct
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -25,10 +26,11 @@ def restore_weights(model: PreTrainedModel, checkpoint: str | os.PathLike) -> No
     Raises:
         CompressionError: the checkpoint's weights do not fit this model.
     """
-    fresh, info = type(model).from_pretrained(checkpoint, dtype=model.dtype, output_loading_info=True)
+    loaded: Any = type(model).from_pretrained(checkpoint, dtype=model.dtype, output_loading_info=True)
+    fresh, info = loaded
     if info["missing_keys"]:
         raise CompressionError(
-            f"The checkpoint at {checkpoint} has no {sorted(info['missing_keys'])[0]!r} (of {len(info['missing_keys'])} missing "
+            f"The checkpoint at {checkpoint} has no {min(info['missing_keys'])!r} (of {len(info['missing_keys'])} missing "
             f"weights); it does not belong to this {type(model).__name__}, or is not whole."
         )
     if _shapes(model) != _shapes(fresh):

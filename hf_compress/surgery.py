@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,12 +11,12 @@ from torch.nn.utils import parametrize, prune
 from transformers import PreTrainedModel
 
 from .cutting import Cut, Undo, Variant, cut_, is_plain_linear
-from .discover import Attention, discover
+from .discover import Attention, FeedForward, discover
 from .layout import gates_of, layers_differ, merge, renamed, skeleton, stock_numbers, unrecorded
 from .loader import HfCompressConfig, compression_of
 from .modules import LockedLinear, gate_, is_gated, ungate_
 from .plan import CompressionError, KeepHeads, KeepNeurons, Plan
-from .probe import NoInputs, difference, example_inputs, quiet_run, tensors_in, tolerance
+from .probe import difference, owners_in, probing, tensors_in, tolerance
 from .prove import prove
 from .resolve import Resolved, resolve
 from .stacks import config_numbers, config_parts, remove_layers_
@@ -32,7 +32,8 @@ class Mask:
             module = model.get_submodule(cut.block.out)
             if "hfc_masks" not in module.__dict__:
                 base = gate_(module).clone() if is_gated(module) else None  # a mask of a checkpoint or a training
-                module.__dict__["hfc_masks"] = {None: base}
+                masks: dict[int | None, torch.Tensor | None] = {None: base}
+                module.__dict__["hfc_masks"] = masks
             gate = gate_(module)
             module.__dict__["hfc_masks"][id(self)] = cut.gate().to(gate.device)
             _combine(module)
@@ -86,7 +87,9 @@ def mask_(model: nn.Module, plan: Plan) -> Mask:
     """Simulate a plan exactly without changing a shape: the function that the model will have after `apply_`.
 
     Heads and neurons are multiplied by zero where they enter the output projection (the down projection); layers that
-    go are skipped. What is masked gets no gradient and cannot grow back. Nothing is computed faster.
+    go are skipped. What is masked gets no gradient and cannot grow back. Nothing is computed faster. Several masks hide
+    what any of them hides. `save_pretrained` under a mask writes the masked heads and neurons as zeros; skipped layers are
+    written as they are.
 
     Args:
         model (`nn.Module`): the model, changed in place until the mask is removed.
@@ -133,7 +136,7 @@ def apply_(model: nn.Module, plan: Plan, *, inputs: Mapping[str, Any] | None = N
     signature of its `forward` (`probe.example_inputs`: two rows of token ids, an image, a short waveform, from a fixed
     seed, without a mask). The weights in the structural proof are drawn anew, so the outcome does not hang on these
     inputs or on what the model has learned; but a block that they do not reach cannot be proved, and is refused.
-    A model that takes anything else needs `inputs`.
+    A module around transformers models is proved by running those. A model that takes anything else needs `inputs`.
 
     Args:
         model (`nn.Module`): a transformers model, or a module around one (a SentenceTransformer).
@@ -176,12 +179,13 @@ def apply_(model: nn.Module, plan: Plan, *, inputs: Mapping[str, Any] | None = N
     _check_modules(model, cuts)
     _check_masks(model, cuts)
     _check_sharing(model, cuts)
-    owners = list(_owners(model, [cut.block.name for cut in cuts] + list(removed)))
+    touched = [cut.block.name for cut in cuts] + list(removed)
+    owners = [(n, o) for n, o in owners_in(model) if not n or any(t.startswith(f"{n}.") for t in touched)]
     numbers = {name: config_numbers(owner) for name, owner in owners}
     undo: Undo = []
     try:
         proved = _prove_all(model, resolved, inputs)
-        with torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad():
             record: dict[str, Any] = {}
             for cut in cuts:
                 for name, entry in cut_(model.get_submodule, cut, proved[cut.block.name], undo).items():
@@ -204,6 +208,40 @@ def prove_plan(model: nn.Module, plan: Plan, inputs: Mapping[str, Any] | None = 
     _check_modules(model, resolved.cuts)
     _check_sharing(model, resolved.cuts)
     _prove_all(model, resolved, inputs)
+
+
+def proved_layouts(model: nn.Module, blocks: Sequence[Attention | FeedForward]) -> dict[str, str]:
+    """How the units of fused projections lie, by the path of the projection, found by proving a cut of each block."""
+    unclear = [block for block in blocks if any(len(part.layouts) > 1 for part in block.parts)]
+    edits: list[KeepHeads | KeepNeurons] = []
+    for block in unclear:
+        if isinstance(block, Attention):
+            whole = block.num_key_value_heads // 2 * block.groups or block.num_heads // 2
+            edits.append(KeepHeads(block.name, tuple(range(max(1, whole)))))
+        else:
+            edits.append(KeepNeurons(block.name, tuple(range(max(1, block.size // 2)))))
+    if not edits:
+        return {}
+    return {
+        module: layout
+        for v in _prove_all(model, resolve(model, Plan(edits)), None).values()
+        for module, layout in v.layouts.items()
+    }
+
+
+def masks_in(owner: PreTrainedModel) -> Plan:
+    """What the gates of a model hide, as a plan in the model's own numbering."""
+    edits: list[KeepHeads | KeepNeurons] = []
+    structure = discover(owner)
+    for block in (*structure.attentions, *structure.ffns):
+        module = owner.get_submodule(block.out)
+        if is_gated(module) and bool((module.hfc_gate == 0).any()):  # type: ignore[union-attr]
+            columns = module.hfc_gate.nonzero().flatten()  # type: ignore[operator]
+            if isinstance(block, Attention):
+                edits.append(KeepHeads(block.name, tuple((columns // block.head_dim).unique().tolist())))
+            else:
+                edits.append(KeepNeurons(block.name, tuple(columns.tolist())))
+    return Plan(edits)
 
 
 def _joined(old: Mapping[str, Any] | None, new: Mapping[str, Any]) -> dict[str, Any]:
@@ -288,51 +326,41 @@ def _check_sharing(model: nn.Module, cuts: list[Cut]) -> None:
 
 
 def _prove_all(model: nn.Module, resolved: Resolved, inputs: Mapping[str, Any] | None) -> dict[str, Variant]:
-    inputs = dict(inputs) if inputs is not None else example_inputs(model)
-    inputs.pop("labels", None)
-    try:
-        with quiet_run(model) as run:
-            run(inputs)
-    except Exception as error:
-        raise NoInputs(
-            f"{type(model).__name__} does not run on the proof's inputs ({', '.join(inputs)}): "
-            f"{type(error).__name__}: {error}. Pass inputs=... with a small batch that it runs on."
-        ) from error
-    if resolved.removed:
-        _try_layers(model, resolved, inputs)
-    if not resolved.cuts:
-        return {}
-    try:
-        return prove(model, resolved.cuts, inputs, lambda: Mask(model, resolved))
-    except CompressionError:
-        raise
-    except Exception as error:  # whatever a model does on a copy of its part: no proof, so no cut
-        raise CompressionError(
-            f"Cannot prove the cut of this {type(model).__name__}, so nothing was changed: {type(error).__name__}: {error}"
-        ) from error
+    with probing(model, inputs) as run:
+        if resolved.removed:
+            _try_layers(model, resolved, run)
+        if not resolved.cuts:
+            return {}
+        try:
+            return prove(model, resolved.cuts, run, lambda: Mask(model, resolved))
+        except CompressionError:
+            raise
+        except Exception as error:  # whatever a model does on a copy of its part: no proof, so no cut
+            raise CompressionError(
+                f"Cannot prove the cut of this {type(model).__name__}, so nothing was changed: {type(error).__name__}: {error}"
+            ) from error
 
 
-def _try_layers(model: nn.Module, resolved: Resolved, inputs: Mapping[str, Any]) -> None:
+def _try_layers(model: nn.Module, resolved: Resolved, run: Callable[..., list[Any]]) -> None:
     """Remove the layers, run, put them back: it must be the function in which they are skipped, with a cache and without."""
     skipped = Resolved(resolved.structure, layers=resolved.layers)
     reason = ""
-    with quiet_run(model) as run:
+    undo: Undo = []
+    try:
         with Mask(model, skipped):
-            expected = tensors_in(run(inputs))
-        undo: Undo = []
-        try:
-            remove_layers_(model, resolved.removed, undo)
-            for cache in (False, True):
-                got = tensors_in(run(inputs, cache))
-                if len(got) != len(expected) or any(
-                    difference(a, b) > tolerance(a.dtype) for (_, a), (_, b) in zip(expected, got, strict=True)
-                ):
-                    reason = "removing them gives another function than skipping them"
-        except Exception as error:  # layers that others depend on break a forward in any way
-            reason = f"without them it fails with {type(error).__name__}: {error}"
-        finally:
-            while undo:
-                undo.pop()()
+            expected = tensors_in(run())
+        remove_layers_(model, resolved.removed, undo)
+        for cache in (False, True):
+            got = tensors_in(run(cache))
+            if len(got) != len(expected) or any(
+                difference(a, b) > tolerance(a.dtype) for (_, a), (_, b) in zip(expected, got, strict=True)
+            ):
+                reason = "removing them gives another function than skipping them"
+    except Exception as error:  # layers that others depend on break a forward in any way
+        reason = f"without them it fails with {type(error).__name__}: {error}"
+    finally:
+        while undo:
+            undo.pop()()
     if reason:
         raise CompressionError(
             f"Cannot remove these layers of {', '.join(resolved.removed)} exactly, so nothing was changed: {reason}. "
@@ -341,20 +369,6 @@ def _try_layers(model: nn.Module, resolved: Resolved, inputs: Mapping[str, Any])
 
 
 # --- the record --------------------------------------------------------------------------------------------------
-
-
-def _owners(model: nn.Module, names: list[str]) -> Iterator[tuple[str, PreTrainedModel]]:
-    """The outermost transformers models that hold what was cut: their configs travel with the weights."""
-    found: dict[str, PreTrainedModel] = {}
-    for name in names:
-        steps = name.split(".")
-        for depth in range(len(steps) + 1):
-            path = ".".join(steps[:depth])
-            module = model.get_submodule(path)
-            if isinstance(module, PreTrainedModel):
-                found.setdefault(path, module)
-                break
-    yield from found.items()
 
 
 def _local(name: str, owner: str) -> str | None:
@@ -388,7 +402,7 @@ def _stamp(
     undo.append(restore)
     masks = None
     if before is not None and before.masks is not None:  # from the middle of a training: what is not cut stays masked
-        masks, gates = _masks_of(owner), gates_of(owner)
+        masks, gates = masks_in(owner), gates_of(owner)
         layout = {**layout, "gates": gates}
         if not gates:
             masks, layout = None, {k: v for k, v in layout.items() if k != "gates"}
@@ -409,29 +423,14 @@ def _stamp(
     else:
         if not any("shapes" in entry for entry in layout["modules"].values()):
             _lock(owner, layout, undo)
-        record = HfCompressConfig(plan=edits.to_dict(spans=True), layout=layout, masks=masks and masks.to_dict(spans=True))
-        config.quantization_config = record
+        hidden = None if masks is None else masks.to_dict(spans=True)
+        config.quantization_config = HfCompressConfig(plan=edits.to_dict(spans=True), layout=layout, masks=hidden)
     place = unrecorded(owner, layout)
     if place is not None:
         raise CompressionError(
             f"Nothing was changed: this cut of {type(owner).__name__} could not be saved so that it loads again ({place} would "
             "differ). Leave the layers or blocks that it depends on out of the plan."
         )
-
-
-def _masks_of(owner: nn.Module) -> Plan:
-    """What the gates of a model hide, as a plan in the model's own numbering."""
-    edits: list[KeepHeads | KeepNeurons] = []
-    structure = discover(owner)
-    for block in (*structure.attentions, *structure.ffns):
-        module = owner.get_submodule(block.out)
-        if is_gated(module) and bool((module.hfc_gate == 0).any()):
-            columns = module.hfc_gate.nonzero().flatten()  # type: ignore[operator]
-            if isinstance(block, Attention):
-                edits.append(KeepHeads(block.name, tuple((columns // block.head_dim).unique().tolist())))
-            else:
-                edits.append(KeepNeurons(block.name, tuple(columns.tolist())))
-    return Plan(edits)
 
 
 def _record_layers(

@@ -68,7 +68,8 @@ class CompressionTrainer(Trainer):
         if not plain or not self.model_accepts_loss_kwargs or self.compute_loss_func is not None:
             return self.model_accepts_loss_kwargs
         inputs = self._prepare_inputs(inputs)
-        with quiet_run(self.model) as run, self.compute_loss_context_manager():
+        model: Any = self.model
+        with quiet_run(model) as run, self.compute_loss_context_manager():
             outputs = [run({**inputs, "num_items_in_batch": torch.tensor(n, device=self.args.device)}) for n in (1, 2)]
         one, two = (torch.as_tensor(getattr(o, "loss", None) or 0.0).float().cpu() for o in outputs)
         answer = -1 if not torch.isfinite(one) or one == 0 else int(not torch.allclose(one, two))

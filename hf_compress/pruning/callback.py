@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -30,8 +31,9 @@ class PruningCallback(TrainerCallback, ExportableState):
 
     Scores come from the backward passes that training makes anyway: at a gate of one, the derivative of the loss by the
     gate of a unit is the sum of `w * dL/dw` over the weights that the gate multiplies. It is read once per optimizer
-    step (so gradient accumulation and distributed averaging are in it), reduced as the score says, and averaged
-    exponentially (`smoothing`). `"activation"` averages what enters the projections while training.
+    step, after clipping (so gradient accumulation and distributed averaging are in it, and a step weighs as much as its
+    update), reduced as the score says, and averaged exponentially (`smoothing`). `"activation"` averages what enters the
+    projections while training.
 
     Only evaluations at full sparsity count for `load_best_model_at_end`: a best model from before never felt the final
     mask. A checkpoint from the middle holds its masks: it loads as the masked model, and resuming from it (also after a
@@ -50,6 +52,8 @@ class PruningCallback(TrainerCallback, ExportableState):
         round_to (`int`, defaults to 1): round kept neurons to a multiple of this.
         smoothing (`float`, defaults to 0.98): weight of the past in the running average of scores.
         seed (`int`, defaults to 0): of `"random"`.
+        inputs (`dict`, *optional*): a small batch for the proof of the cut (see `apply_`); by default inputs are made, or
+            the first two rows of the training data are taken where they cannot be.
 
     Raises:
         CompressionError: at construction, options that mean nothing; when training begins, a model that cannot be cut
@@ -81,22 +85,26 @@ class PruningCallback(TrainerCallback, ExportableState):
         round_to: int = 1,
         smoothing: float = 0.98,
         seed: int = 0,
+        inputs: Mapping[str, Any] | None = None,
     ) -> None:
         check_options(heads, neurons, score, scope, round_to)
-        if schedule not in SCHEDULES:
+        if not isinstance(schedule, str) or schedule not in SCHEDULES:
             raise CompressionError(
                 f"Unknown schedule {schedule!r}{nearest(str(schedule), list(SCHEDULES))} Known: {', '.join(SCHEDULES)}."
             )
         if not heads and not neurons:
             raise CompressionError("PruningCallback removes nothing: set heads or neurons to a fraction above 0.")
-        if not 0 <= start <= end <= 1:
+        if not all(isinstance(x, int | float) for x in (start, end, smoothing)) or not 0 <= start <= end <= 1:
             raise CompressionError(
-                f"start and end are fractions of the training, 0 <= start <= end <= 1, got {start} and {end}."
+                f"start and end are fractions of the training, 0 <= start <= end <= 1, got {start!r} and {end!r}."
             )
-        if every is not None and (not isinstance(every, int) or every < 1):
+        if every is not None and (not isinstance(every, int) or isinstance(every, bool) or every < 1):
             raise CompressionError(f"every is a number of optimizer steps >= 1, got {every!r}.")
         if not 0 <= smoothing < 1:
             raise CompressionError(f"smoothing must lie in [0, 1), got {smoothing!r}.")
+        if not isinstance(uniform, bool) or not isinstance(seed, int) or not 0 <= seed < 2**31:
+            raise CompressionError(f"uniform is True or False and seed a whole number, got {uniform!r} and {seed!r}.")
+        self.inputs = inputs
         self.options: dict[str, Any] = {
             "heads": heads,
             "neurons": neurons,
@@ -130,23 +138,29 @@ class PruningCallback(TrainerCallback, ExportableState):
             raise CompressionError("PruningCallback was given no model: add it to a Trainer.")
         trainer = calling_trainer()
         refuse_sharded(trainer, model, type(self).__name__)
-        if trainer is not None and any(
-            isinstance(c, PruningCallback) and c is not self for c in trainer.callback_handler.callbacks
-        ):
+        others = [] if trainer is None else [c for c in trainer.callback_handler.callbacks if c is not self]
+        if any(isinstance(other, PruningCallback) for other in others):
             raise CompressionError("Two PruningCallbacks in one Trainer would gate the same weights; use one.")
         saved = self.saved or saved_in(state, type(self).__name__)
-        self.saved, self.plan = None, None
+        self.saved, self.plan, self._run = None, None, None
         if trainer is not None:
             restore_what_stock_lost(trainer, model)
         # a run that began without us has no place for our state, and Trainer assumes one
         state.stateful_callbacks.setdefault(type(self).__name__, self.state())
-        run = PruningRun(model, self.options, state.max_steps, trainer)
-        run.begin(saved)
+        run = PruningRun(model, self.options, state.max_steps, trainer, self.inputs)
+        run.check()
         if getattr(args, "torch_compile", False):
             torch.compiler.reset()  # graphs of an evaluation before training know no gates
-        self._run = run
-        if trainer is not None:
-            guard(trainer, self._abandon)
+
+        def enter() -> None:
+            if self._run is None:
+                self._run = run
+                run.begin(saved)
+
+        if trainer is None:
+            enter()
+        else:
+            guard(trainer, enter, self._abandon)
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         if self._run is not None:
@@ -159,7 +173,7 @@ class PruningCallback(TrainerCallback, ExportableState):
             state.best_model_checkpoint = None
             state.best_global_step = None
 
-    def on_train_end(self, args, state, control, model=None, **kwargs):
+    def on_train_end(self, args, state, control, model=None, optimizer=None, **kwargs):
         run, trainer = self._run, self._run.trainer if self._run else None
         if run is None:
             return
@@ -173,21 +187,19 @@ class PruningCallback(TrainerCallback, ExportableState):
                 "Set `end` lower, or train longer."
             )
             run.finish()
-        self.plan = run.cut()
+        run.warn_if_off()
+        self.plan = run.cut(optimizer)
         self._run = None
         if trainer is not None:
             unguard(trainer)
-            # the optimizer, the scheduler and any wrapper hold weights that are gone
-            trainer.optimizer = trainer.lr_scheduler = None
-            trainer.callback_handler.optimizer = trainer.callback_handler.lr_scheduler = None
-            trainer.model_wrapped = trainer.model
+            trainer.model_wrapped = trainer.model  # a wrapper around it holds weights that are gone
         if getattr(args, "torch_compile", False):
             torch.compiler.reset()
 
     def _abandon(self) -> None:
         """Training failed: leave no gate behind."""
-        if self._run is not None:
-            if self._run.trainer is not None:
-                unguard(self._run.trainer)
-            self._run.abandon()
-            self._run = None
+        run, self._run = self._run, None
+        if run is not None:
+            if run.trainer is not None:
+                unguard(run.trainer)
+            run.abandon()

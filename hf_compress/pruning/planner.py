@@ -13,8 +13,9 @@ from tqdm.auto import tqdm
 from ..cutting import Block
 from ..discover import Structure, discover
 from ..plan import CompressionError, Plan
+from ..surgery import proved_layouts
 from .scores import SCORES
-from .select import check_options, count_units, fold, fold_mean, plan_of, select, weight_squares
+from .select import check_options, count_units, fold, fold_mean, plan_of, select, warn_if_off, weight_squares
 
 
 def plan_pruning(
@@ -78,7 +79,16 @@ def plan_pruning(
     ```
     """
     check_options(heads, neurons, score, scope, round_to)
+    if not isinstance(seed, int) or not 0 <= seed < 2**31 or not (loss_fn is None or callable(loss_fn)):
+        raise CompressionError(
+            f"seed is a whole number and loss_fn a function of (outputs, batch), got {seed!r} and {loss_fn!r}."
+        )
+    if batches is not None and (isinstance(batches, str | Mapping | torch.Tensor) or not isinstance(batches, Iterable)):
+        raise CompressionError(f"batches must be a sequence of dicts, as for model(**batch), got {type(batches).__name__}.")
+    model = getattr(model, "_orig_mod", model)  # torch.compile
     structure = discover(model)
+    if any(p.is_meta for p in model.parameters()):
+        raise CompressionError("The model is on the meta device and has no weights to score; load it first.")
     for fraction, blocks, what in ((heads, structure.attentions, "heads"), (neurons, structure.ffns, "neurons")):
         if fraction and not blocks:
             raise CompressionError(f"{type(model).__name__} has no {what} that can be cut; see discover(model).")
@@ -89,9 +99,16 @@ def plan_pruning(
     kept: dict[str, dict[str, list[int]]] = {}
     for what, fraction, blocks in (("heads", heads, structure.attentions), ("neurons", neurons, structure.ffns)):
         scores = {block.name: SCORES[score].per_layer(measured[block.name]) for block in blocks if block in wanted}
-        kept[what] = select(
-            scores, fraction, scope=scope, uniform=uniform, round_to=round_to if what == "neurons" else 1
-        )  # fmt: skip
+        unfit = [name for name, s in scores.items() if not bool(torch.isfinite(s).all())]
+        if unfit:
+            raise CompressionError(
+                f"The scores of {unfit[0]!r} are not finite: the loss of a batch is NaN (no label that counts?) or infinite. "
+                "Look at the batches, or use score='magnitude'."
+            )
+        rounded = round_to if what == "neurons" else 1
+        kept[what] = select(scores, fraction, scope=scope, uniform=uniform, round_to=rounded)
+        if scores:
+            warn_if_off(what, fraction, kept[what], {name: len(s) for name, s in scores.items()})
     return plan_of(structure, kept["heads"], kept["neurons"])
 
 
@@ -107,7 +124,8 @@ def _measure(
     """One number per unit, by block."""
     how = SCORES[score]
     if how.needs == "weight":
-        return {block.name: how.reduce(weight_squares(model, block)) for block in wanted}
+        layouts = proved_layouts(model, wanted)
+        return {block.name: how.reduce(weight_squares(model, block, layouts)) for block in wanted}
     if how.needs == "seed":
         order = {b.name: i for i, b in enumerate((*structure.attentions, *structure.ffns))}
         return {b.name: how.reduce(count_units(b), seed=seed * 100_003 + order[b.name]) for b in wanted}
@@ -148,8 +166,7 @@ def _derivatives(
     with _frozen(model, outs, gate), torch.enable_grad():
         for batch in tqdm(batches, desc="score", unit="batch", leave=False, disable=None, delay=3):
             batch = _on_device(model, batch)
-            outputs = model(**batch)
-            loss = _loss(outputs, batch, loss_fn, score)
+            loss = _loss(_forward(model, batch), batch, loss_fn, score)
             now.clear()
             loss.backward()
             for name, units in now.items():
@@ -176,7 +193,7 @@ def _activations(model: nn.Module, outs: dict[str, Block], batches: Iterable[Map
 
     with _frozen(model, outs, gate), torch.no_grad():
         for batch in tqdm(batches, desc="score", unit="batch", leave=False, disable=None, delay=3):
-            model(**_on_device(model, batch))
+            _forward(model, _on_device(model, batch))
     if not all(counts.values()):
         idle = next(out for out, n in counts.items() if not n)
         raise CompressionError(f"{outs[idle].name!r} never ran on these batches; pass batches that use it.")
@@ -206,6 +223,15 @@ def _frozen(model: nn.Module, outs: Iterable[str], gate: Callable[[str, torch.Te
                 module.training = True
 
 
+def _forward(model: nn.Module, batch: Mapping[str, Any]) -> Any:
+    try:
+        return model(**batch)
+    except (TypeError, ValueError, RuntimeError, IndexError, KeyError) as error:
+        raise CompressionError(
+            f"{type(model).__name__} does not run on a calibration batch ({', '.join(batch)}): {type(error).__name__}: {error}"
+        ) from error
+
+
 def _gate_input(gate: Callable[[str, torch.Tensor], torch.Tensor], out: str) -> Callable[..., Any]:
     return lambda module, args: (gate(out, args[0]), *args[1:])
 
@@ -226,4 +252,6 @@ def _loss(outputs: Any, batch: Mapping[str, Any], loss_fn: Callable[..., torch.T
         )
     if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
         raise CompressionError(f"The loss must be one number, got {getattr(loss, 'shape', type(loss).__name__)}.")
+    if not loss.requires_grad:
+        raise CompressionError("The loss does not depend on any head or neuron that was to be scored; look at loss_fn.")
     return loss.sum()

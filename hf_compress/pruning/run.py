@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -13,20 +14,29 @@ from transformers import PreTrainedModel, Trainer
 
 from ..cutting import Block
 from ..discover import Attention, Structure, discover
+from ..host import first_rows
+from ..layout import gates_of
 from ..loader import HfCompressConfig, compression_of
 from ..modules import gate_, is_gated, ungate_, weight_dim
 from ..plan import CompressionError, Plan
-from ..probe import example_inputs, map_tensors
-from ..surgery import apply_, prove_plan
+from ..probe import NoInputs, owners_in
+from ..surgery import apply_, masks_in, prove_plan, proved_layouts
 from .schedules import SCHEDULES
 from .scores import SCORES
-from .select import count_units, fold, fold_mean, plan_of, select, units_of, weight_squares
+from .select import count_units, fold, fold_mean, plan_of, select, units_of, warn_if_off, weight_squares
 
 
 class PruningRun:
     """One `train()` of one model. The callback tells it when; it knows what."""
 
-    def __init__(self, model: nn.Module, options: dict[str, Any], max_steps: int, trainer: Trainer | None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        options: dict[str, Any],
+        max_steps: int,
+        trainer: Trainer | None,
+        inputs: Mapping[str, Any] | None,
+    ) -> None:
         self.model, self.options, self.trainer = model, options, trainer
         self.how = SCORES[options["score"]]
         self.structure: Structure = discover(model)
@@ -44,14 +54,15 @@ class PruningRun:
         self.scores: dict[str, torch.Tensor] = {}
         self.alive: dict[str, torch.Tensor] = {}
         self.is_full = False
-        self.config_before: Any = None
+        self.inputs = inputs
+        self.layouts: dict[str, str] = {}
+        self.records: list[tuple[PreTrainedModel, Any]] = []
         self.gated_before: dict[str, torch.Tensor | None] = {}
-        self.batch: dict[str, Any] | None = None
-        self._hook: Any = None
 
     # --- begin and end -----------------------------------------------------------------------------------------
 
-    def begin(self, saved: dict[str, Any] | None) -> None:
+    def check(self) -> None:
+        """Refuse now what would fail after hours of training."""
         if self.how.needs == "gradient":
             for block in self.blocks:
                 if not self.outs[block.name].weight.requires_grad:
@@ -59,9 +70,25 @@ class PruningRun:
                         f"score={self.options['score']!r} reads the gradient of {block.out!r}, which is frozen. Train it, or "
                         "use score='magnitude' or 'activation'."
                     )
-        self._prove_early()
-        config = getattr(self.model, "config", None)
-        self.config_before = getattr(config, "quantization_config", None)
+        half = {b.name: list(range(0, count_units(b), 2)) for b in self.blocks}
+        heads = {b.name: half[b.name] for b in self.blocks if isinstance(b, Attention)}
+        plan = plan_of(self.structure, heads, {b.name: half[b.name] for b in self.blocks if b.name not in heads})
+        try:
+            prove_plan(self.model, plan, self.inputs)
+        except NoInputs as error:
+            self.inputs = None if self.trainer is None else first_rows(self.trainer)
+            if self.inputs is None:
+                raise NoInputs(f"{error} Give them to the callback: PruningCallback(inputs=...).") from error
+            try:
+                prove_plan(self.model, plan, self.inputs)
+            except NoInputs as again:
+                raise NoInputs(f"{again} Give them to the callback: PruningCallback(inputs=...).") from again
+        if self.how.needs == "weight":
+            self.layouts = proved_layouts(self.model, self.blocks)
+
+    def begin(self, saved: dict[str, Any] | None) -> None:
+        """Put the gates on, all ones or as a checkpoint left them."""
+        self.records = [(owner, getattr(owner.config, "quantization_config", None)) for _, owner in owners_in(self.model)]
         for block in self.blocks:
             out = self.outs[block.name]
             self.gated_before[block.name] = out.hfc_gate.clone() if is_gated(out) else None  # type: ignore
@@ -73,46 +100,40 @@ class PruningRun:
             self._resume(saved)
             self._write_gates()
 
-    def _prove_early(self) -> None:
-        """Prove a cut of every block now, not after hours of training; where no inputs can be made, keep a batch for it."""
-        half = {b.name: list(range(0, count_units(b), 2)) for b in self.blocks}
-        heads = {b.name: half[b.name] for b in self.blocks if isinstance(b, Attention)}
-        plan = plan_of(self.structure, heads, {b.name: half[b.name] for b in self.blocks if b.name not in heads})
-        try:
-            example_inputs(self.model)
-        except CompressionError:
-
-            def keep(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-                self.batch = map_tensors(
-                    {k: v for k, v in kwargs.items() if "label" not in k}, lambda t: t[:2].detach().clone()
-                )
-                self._hook.remove()
-
-            self._hook = self.model.register_forward_pre_hook(keep, with_kwargs=True)
-            return
-        if plan.edits:
-            prove_plan(self.model, plan)
-
-    def cut(self) -> Plan:
+    def cut(self, optimizer: Any) -> Plan:
+        """Make what is masked small, and let the optimizer hold the new weights."""
         plan = self._plan()
-        self._ungate(keep=plan)
-        self._set_config(self.config_before)
-        apply_(self.model, plan, inputs=self.batch)
+        names = {id(p): name for name, p in self.model.named_parameters()}
+        self._ungate(restore=False)
+        self._restore_records()
+        apply_(self.model, plan, inputs=self.inputs)
+        inner = getattr(optimizer, "optimizer", optimizer)
+        if inner is not None:
+            now = dict(self.model.named_parameters())
+            for group in inner.param_groups:
+                for p in group["params"]:
+                    if id(p) in names and now[names[id(p)]] is not p:
+                        inner.state.pop(p, None)  # moments of another shape; they start anew
+                group["params"] = [now[names[id(p)]] if id(p) in names else p for p in group["params"]]
         return plan
 
     def abandon(self) -> None:
-        self._ungate(keep=None)
-        self._set_config(self.config_before)
-        if self._hook is not None:
-            self._hook.remove()
+        self._ungate(restore=True)
+        self._restore_records()
 
-    def _ungate(self, keep: Plan | None) -> None:
-        """Take off our gates; a model that was masked before training keeps that mask unless it is cut now."""
-        for block in self.blocks:
-            before = self.gated_before.get(block.name)
-            ungate_(self.outs[block.name])
-            if before is not None and keep is None:
-                gate_(self.outs[block.name]).copy_(before)
+    def _ungate(self, restore: bool) -> None:
+        """Take off our gates; where training failed, a mask that was there before it comes back."""
+        for name, before in self.gated_before.items():
+            ungate_(self.outs[name])
+            if before is not None and restore:
+                gate_(self.outs[name]).copy_(before)
+
+    def _restore_records(self) -> None:
+        for owner, record in self.records:
+            if record is None:
+                vars(owner.config).pop("quantization_config", None)
+            else:
+                owner.config.quantization_config = record
 
     # --- every step --------------------------------------------------------------------------------------------
 
@@ -132,12 +153,23 @@ class PruningRun:
                 units = fold(columns, block)
                 now = self.how.reduce(units[None])
             else:
-                now = fold_mean(out.hfc_active, block)  # type: ignore[arg-type]
+                active = self._summed(out.hfc_active)  # type: ignore[arg-type]
                 out.hfc_active.zero_()  # type: ignore[operator,union-attr]
+                if not bool(active[2].any()):
+                    continue
+                now = fold_mean(active[:2] / active[2], block)  # the mean over forward passes, of all ranks
             if not bool(torch.isfinite(now).all()):
                 continue  # a skipped step of mixed precision
             old = self.scores.get(block.name)
             self.scores[block.name] = now if old is None else old.mul_(past).add_(now, alpha=1 - past)
+
+    @staticmethod
+    def _summed(statistics: torch.Tensor) -> torch.Tensor:
+        """Over ranks; gradients need no such sum, DistributedDataParallel has averaged them."""
+        statistics = statistics.clone()
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(statistics)
+        return statistics
 
     def advance(self, step: int) -> bool:
         """Move the masks to where the schedule says they are; whether full sparsity was reached at this step."""
@@ -151,6 +183,13 @@ class PruningRun:
     def finish(self) -> None:
         self._mask(1.0)
         self.is_full = True
+
+    def warn_if_off(self) -> None:
+        for kind, what in ((True, "heads"), (False, "neurons")):
+            alive = {b.name: self.alive[b.name] for b in self.blocks if isinstance(b, Attention) is kind}
+            kept = {name: a.nonzero().flatten().tolist() for name, a in alive.items()}
+            if kept:
+                warn_if_off(what, self.options[what], kept, {name: len(a) for name, a in alive.items()})
 
     @torch.no_grad()
     def _mask(self, share: float) -> None:
@@ -177,7 +216,7 @@ class PruningRun:
     def _ranking(self) -> dict[str, torch.Tensor]:
         """The scores by block, the same on every rank."""
         if self.how.needs == "weight":
-            raw = {b.name: self.how.reduce(weight_squares(self.model, b)) for b in self.blocks}
+            raw = {b.name: self.how.reduce(weight_squares(self.model, b, self.layouts)) for b in self.blocks}
         elif self.how.needs == "seed":
             raw = {b.name: self.how.reduce(count_units(b), seed=self.options["seed"] + i) for i, b in enumerate(self.blocks)}
         else:
@@ -187,38 +226,22 @@ class PruningRun:
                     f"No score was collected for {missing[0]!r} (of {len(missing)} blocks) before masking began: training does "
                     "not reach it. Leave it out (heads or neurons = 0), or use score='magnitude'."
                 )
-            raw = {name: s.clone() for name, s in self.scores.items()}
-            if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-                for tensor in raw.values():  # gradients are averaged already; this also evens out what is not
-                    dist.all_reduce(tensor)
-            if self.how.needs == "activation":
-                raw = {name: self.how.reduce(s / _ranks()) for name, s in raw.items()}
+            reduce = self.how.reduce if self.how.needs == "activation" else lambda s: s
+            raw = {name: reduce(s) for name, s in self.scores.items()}
         return {name: self.how.per_layer(s.float().cpu()) for name, s in raw.items()}
 
     def _write_gates(self) -> None:
+        """Set the gates, and record them in the config of every model that a checkpoint may be made of."""
         for block in self.blocks:
             gate = gate_(self.outs[block.name])
             gate.copy_(self.alive[block.name][units_of(block)].to(gate))
-        plan = self._plan()
-        if plan.edits:
-            before = compression_of(self.model.config) if isinstance(self.model, PreTrainedModel) else None
-            if isinstance(self.model, PreTrainedModel):
-                self._set_config(
-                    HfCompressConfig(
-                        plan=before.plan_dict if before else None,
-                        layout=before.layout if before else None,
-                        masks=plan.to_dict(spans=True),
-                    )
-                )
-
-    def _set_config(self, value: Any) -> None:
-        config = getattr(self.model, "config", None)
-        if config is None:
-            return
-        if value is None:
-            config.__dict__.pop("quantization_config", None)
-        else:
-            config.quantization_config = value
+        for owner, _ in self.records:
+            masks = masks_in(owner)
+            if masks.edits:
+                before = compression_of(owner.config)
+                layout = {**(before.layout if before else {"modules": {}}), "gates": gates_of(owner)}
+                plan = before.plan_dict if before else None
+                owner.config.quantization_config = HfCompressConfig(plan, layout, masks.to_dict(spans=True))
 
     def _plan(self) -> Plan:
         kept = {name: alive.nonzero().flatten().tolist() for name, alive in self.alive.items()}
@@ -240,9 +263,17 @@ class PruningRun:
             "alive": {name: alive.nonzero().flatten().tolist() for name, alive in self.alive.items()},
             "scores": {name: _encode(s) for name, s in self.scores.items()},
             "is_full": self.is_full,
+            "options": self.options,
         }
 
     def _resume(self, saved: dict[str, Any]) -> None:
+        differ = sorted(k for k, v in self.options.items() if saved.get("options", {}).get(k, v) != v)
+        if differ:
+            name = differ[0]
+            raise CompressionError(
+                f"The checkpoint was pruned with {name}={saved['options'][name]!r}, this callback has {self.options[name]!r}: "
+                "resume with the options that the run began with."
+            )
         if set(saved["alive"]) != set(self.alive):
             raise CompressionError(
                 "The checkpoint was pruned with other blocks than this run prunes; resume with the same heads= and neurons=."
@@ -268,7 +299,3 @@ def _encode(tensor: torch.Tensor) -> str:
 
 def _decode(text: str) -> torch.Tensor:
     return torch.from_numpy(np.frombuffer(base64.b64decode(text), dtype="<f4").astype(np.float32))
-
-
-def _ranks() -> int:
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1

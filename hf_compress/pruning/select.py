@@ -7,12 +7,15 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
+from transformers.utils import logging
 
 from ..cutting import Block
 from ..discover import Attention, Structure, nearest, owners
 from ..modules import weight_dim
 from ..plan import CompressionError, KeepHeads, KeepNeurons, Plan
 from .scores import SCORES
+
+logger = logging.get_logger(__name__)
 
 SCOPES = ("global", "layer")
 
@@ -22,7 +25,7 @@ def check_options(heads: float, neurons: float, score: str, scope: str, round_to
     for name, value in (("heads", heads), ("neurons", neurons)):
         if not isinstance(value, numbers.Real) or isinstance(value, bool) or not 0 <= value < 1:
             raise CompressionError(f"{name} is the fraction to remove and must lie in [0, 1), got {value!r}.")
-    if score not in SCORES:
+    if not isinstance(score, str) or score not in SCORES:
         raise CompressionError(f"Unknown score {score!r}{nearest(str(score), list(SCORES))} Known: {', '.join(SCORES)}.")
     if scope not in SCOPES:
         raise CompressionError(f"scope must be 'global' (rank all layers together) or 'layer' (each alone), got {scope!r}.")
@@ -60,32 +63,43 @@ def fold_mean(columns: torch.Tensor, block: Block) -> torch.Tensor:
     return fold(columns, block) / (columns.shape[-1] / count_units(block))
 
 
-def weight_squares(model: nn.Module, block: Block) -> torch.Tensor:
-    """Sum of the squared weights of each unit, over every projection that would be cut with it: shape (units,)."""
-    total = torch.zeros(count_units(block))
-    units = units_of(block)
-    owner_to_unit: dict[int, list[int]] = {}
-    layout_owner = owners("n" if not isinstance(block, Attention) else "q", block)
-    for owner, unit in zip(layout_owner.tolist(), units.tolist(), strict=True):
-        owner_to_unit[owner] = [unit]
+def weight_squares(model: nn.Module, block: Block, layouts: Mapping[str, str]) -> torch.Tensor:
+    """Sum of the squared weights of each unit, over every projection that would be cut with it: shape (units,).
+
+    `layouts`: how units lie in fused projections, by the path of the projection (`surgery.proved_layouts`).
+    """
+    units = count_units(block)
     if isinstance(block, Attention):
-        for kv in range(block.num_key_value_heads):  # a kv head belongs to its group, or to all heads where they share it
-            own = [kv] if block.num_key_value_heads > 1 else list(range(count_units(block)))
-            owner_to_unit[block.num_heads + kv] = own
+        groups = block.groups if block.num_key_value_heads > 1 else 1
+        # owner -> units: a query head belongs to one; a kv head to its group, or to all heads where they share it
+        belongs = torch.zeros(block.num_heads + block.num_key_value_heads, units)
+        belongs[torch.arange(block.num_heads), torch.arange(block.num_heads) // groups] = 1
+        belongs[block.num_heads :] = torch.eye(units) if block.num_key_value_heads > 1 else 1
+    else:
+        belongs = None  # a neuron is its own unit
+    total = torch.zeros(units)
     for part in block.parts:
-        module = model.get_submodule(part.module)
         if part.parameter is not None:
             continue
+        module = model.get_submodule(part.module)
         weight = module.weight
         assert isinstance(weight, torch.Tensor)
-        dim = weight_dim(module, part.dim)
-        squares = weight.detach().float().square().sum(1 - dim).cpu()
-        owner = owners(part.layouts[0], block)
-        per_owner = torch.zeros(int(owner.max()) + 1).index_add_(0, owner, squares)
-        for o, value in enumerate(per_owner.tolist()):
-            for unit in owner_to_unit.get(o, []):
-                total[unit] += value
+        squares = weight.detach().float().square().sum(1 - weight_dim(module, part.dim)).cpu()
+        owner = owners(layouts.get(part.module, part.layouts[0]), block)
+        per_owner = torch.zeros(units if belongs is None else len(belongs)).index_add_(0, owner, squares)
+        total += per_owner if belongs is None else per_owner @ belongs
     return total
+
+
+def warn_if_off(what: str, asked: float, kept: Mapping[str, Sequence[int]], sizes: Mapping[str, int]) -> None:
+    """Say so where rounding, or the one unit that every block keeps, makes the result another than what was asked."""
+    total = sum(sizes.values())
+    removed = 1 - sum(len(units) for units in kept.values()) / total
+    if total and abs(removed - asked) > 0.02:
+        logger.warning(
+            f"{removed:.1%} of the {what} will go and not the {asked:.1%} that was asked: every block keeps at least one unit, "
+            f"and units are whole ({', '.join(map(str, sorted(set(sizes.values()))))} a block)."
+        )
 
 
 def select(
