@@ -9,6 +9,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -160,21 +161,24 @@ def measure(
 
     ```
     """
-    if not isinstance(inputs, Mapping) or not any(isinstance(v, torch.Tensor) for v in inputs.values()):
+    if not isinstance(inputs, Mapping) or not inputs:
         raise CompressionError(f"inputs must be a batch as for model(**inputs), got {type(inputs).__name__}.")
-    if repeats < 1 or warmup < 0:
-        raise CompressionError(f"repeats must be >= 1 and warmup >= 0, got {repeats} and {warmup}.")
+    for name, value in (("model", model), ("against", against)):
+        if not isinstance(value, nn.Module) and (name == "model" or value is not None):
+            raise CompressionError(f"{name} must be a model (a torch.nn.Module), got {type(value).__name__}.")
+    for name, value in (("metrics", metrics), ("metrics_against", metrics_against)):
+        if value is not None and not callable(value) and not isinstance(value, Mapping):
+            raise CompressionError(f"{name} must be a dict of numbers or a function that gives one, got {value!r}.")
+    if type(repeats) is not int or type(warmup) is not int or repeats < 1 or warmup < 0:
+        raise CompressionError(f"repeats must be a whole number >= 1 and warmup >= 0, got {repeats!r} and {warmup!r}.")
     models = [model] if against is None else [model, against]
-    with quiet_run(model) as run:
-        if against is None:
-            times = _take_turns([lambda: run(inputs)], repeats, warmup)
-            costs = [_cost(model, run, inputs, times[0])]
-            speedup = interval = allowed = None
-        else:
-            with quiet_run(against) as run_against:
-                times = _take_turns([lambda: run(inputs), lambda: run_against(inputs)], repeats, warmup)
-                costs = [_cost(m, r, inputs, t) for m, r, t in zip(models, (run, run_against), times, strict=True)]
-                allowed = _allowed(model, against, run, run_against, inputs)
+    with ExitStack() as stack:
+        runs = [_runner(stack.enter_context(quiet_run(m)), m, inputs) for m in models]
+        times = _take_turns(runs, repeats, warmup)
+        costs = [_cost(m, run, t) for m, run, t in zip(models, runs, times, strict=True)]
+        speedup = interval = allowed = None
+        if against is not None:
+            allowed = _allowed(model, against, runs[0], runs[1])
             ratios = [b / a for a, b in zip(*times, strict=True)]
             speedup, interval = statistics.median(ratios), _bootstrap(ratios)
     found = [_metrics(metrics, model), _metrics(metrics_against or (metrics if callable(metrics) else None), against)]
@@ -183,7 +187,17 @@ def measure(
     return Report(costs[0], baseline, speedup, interval, allowed, _conditions(model, inputs))
 
 
-def _cost(model: nn.Module, run: Callable[..., Any], inputs: Mapping[str, Any], times: list[float]) -> Cost:
+def _runner(run: Callable[..., Any], model: nn.Module, inputs: Mapping[str, Any]) -> Callable[[], Any]:
+    try:
+        run(inputs)
+    except Exception as error:  # a model may refuse a batch in any way
+        raise CompressionError(
+            f"{type(model).__name__} does not run on inputs ({', '.join(map(str, inputs))}): {type(error).__name__}: {error}"
+        ) from error
+    return lambda: run(inputs)
+
+
+def _cost(model: nn.Module, run: Callable[[], Any], times: list[float]) -> Cost:
     unique = {id(p): p for p in model.parameters()}
     embedded = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
     stored: dict[tuple[int, int], int] = {}
@@ -194,26 +208,17 @@ def _cost(model: nn.Module, run: Callable[..., Any], inputs: Mapping[str, Any], 
         parameters=sum(p.numel() for p in unique.values()),
         parameters_encoder=sum(p.numel() for i, p in unique.items() if i not in embedded),
         bytes=sum(stored.values()),
-        macs=sum(_macs(model, run, inputs).values()),
+        macs=_macs(run),
         latency=Latency(statistics.median(times), quartiles[0], quartiles[2], len(times)),
     )
 
 
-def _macs(model: nn.Module, run: Callable[..., Any], inputs: Mapping[str, Any]) -> dict[str, int]:
-    """Multiply-accumulates of one forward pass, by the path of the innermost module that did them."""
+def _macs(run: Callable[[], Any]) -> int:
+    """Multiply-accumulates of one forward pass."""
     counter = FlopCounterMode(display=False)
     with counter, sdpa_kernel(SDPBackend.MATH):  # the fused CPU kernels are not known to the counter
-        run(inputs)
-    counts = {name: sum(ops.values()) // 2 for name, ops in counter.get_flop_counts().items()}
-    root = type(model).__name__
-    totals = {name.removeprefix(root).lstrip("."): n for name, n in counts.items() if name != "Global"}
-    own: dict[str, int] = {}
-    for name, total in totals.items():
-        children = (n for n in totals if n != name and n.rpartition(".")[0] == name) if name else ()
-        own[name] = total - sum(totals[c] for c in children)
-    inner = sum(n for name, n in own.items() if name)
-    own[""] = counts.get("Global", inner) - inner
-    return own
+        run()
+    return counter.get_total_flops() // 2
 
 
 def _take_turns(runs: list[Callable[[], Any]], repeats: int, warmup: int) -> list[list[float]]:
@@ -245,16 +250,10 @@ def _bootstrap(values: list[float], draws: int = 2000) -> tuple[float, float]:
     return medians[int(0.025 * draws)], medians[int(0.975 * draws)]
 
 
-def _allowed(
-    model: nn.Module,
-    against: nn.Module,
-    run: Callable[..., Any],
-    run_against: Callable[..., Any],
-    inputs: Mapping[str, Any],
-) -> float:
+def _allowed(model: nn.Module, against: nn.Module, run: Callable[[], Any], run_against: Callable[[], Any]) -> float:
     """Amdahl's ceiling, from where the baseline spends its time and what is left of each part's work."""
-    spent, total = _time_by_module(against, lambda: run_against(inputs))
-    work, work_before = _output_sizes(model, lambda: run(inputs)), _output_sizes(against, lambda: run_against(inputs))
+    spent, total = _time_by_module(against, run_against)
+    work, work_before = _output_sizes(model, run), _output_sizes(against, run_against)
     heads = {a.name: a.num_heads for a in discover(model).attentions}
     heads_before = {a.name: a.num_heads for a in discover(against).attentions}
     saved = 0.0
@@ -337,7 +336,11 @@ def _output_sizes(model: nn.Module, run: Callable[[], Any]) -> dict[str, float]:
 def _metrics(metrics: Metrics, model: nn.Module | None) -> dict[str, float]:
     if metrics is None or model is None:
         return {}
-    return {name: float(value) for name, value in (metrics(model) if callable(metrics) else metrics).items()}
+    values = metrics(model) if callable(metrics) else metrics
+    try:
+        return {str(name): float(value) for name, value in values.items()}
+    except (AttributeError, TypeError, ValueError) as error:
+        raise CompressionError(f"metrics must give a dict of numbers, got {values!r}.") from error
 
 
 def _conditions(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:

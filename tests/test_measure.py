@@ -97,7 +97,11 @@ def test_metrics_may_be_a_function_and_the_model_is_left_alone():
 
 @pytest.mark.parametrize(
     ("inputs", "options", "message"),
-    [({}, {}, "must be a batch"), ([1], {}, "got list"), ({"x": torch.zeros(1)}, {"repeats": 0}, "repeats must be >= 1")],
+    [
+        ({}, {}, "must be a batch"),
+        ([1], {}, "got list"),
+        ({"x": torch.zeros(1)}, {"repeats": 0}, "repeats must be a whole number >= 1"),
+    ],
 )
 def test_refusals(inputs, options, message):
     with pytest.raises(hc.CompressionError, match=message):

@@ -102,8 +102,7 @@ def plan_pruning(
         unfit = [name for name, s in scores.items() if not bool(torch.isfinite(s).all())]
         if unfit:
             raise CompressionError(
-                f"The scores of {unfit[0]!r} are not finite: the loss of a batch is NaN (no label that counts?) or infinite. "
-                "Look at the batches, or use score='magnitude'."
+                f"The scores of {unfit[0]!r} are not finite; the model's weights or the batches hold NaN or infinite values."
             )
         rounded = round_to if what == "neurons" else 1
         kept[what] = select(scores, fraction, scope=scope, uniform=uniform, round_to=rounded)
@@ -252,6 +251,11 @@ def _loss(outputs: Any, batch: Mapping[str, Any], loss_fn: Callable[..., torch.T
         )
     if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
         raise CompressionError(f"The loss must be one number, got {getattr(loss, 'shape', type(loss).__name__)}.")
+    if not bool(torch.isfinite(loss).all()):
+        raise CompressionError(
+            f"The loss of a batch is {loss.item()}, so scores from it are not finite either. Look at the batch: are all its labels "
+            "ignored? score='magnitude' needs no loss."
+        )
     if not loss.requires_grad:
         raise CompressionError("The loss does not depend on any head or neuron that was to be scored; look at loss_fn.")
     return loss.sum()
