@@ -9,6 +9,9 @@ import torch
 import transformers as T
 
 import hf_compress as hc
+from hf_compress.layout import gates_of
+from hf_compress.loader import HfCompressConfig
+from hf_compress.surgery import masks_in
 from tests.zoo import FAMILIES, GQA, TEXT, build, outputs, random_plan
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -225,7 +228,7 @@ def test_a_plan_for_another_architecture_is_refused(tmp_path):
 def test_the_record_is_not_an_order(tmp_path):
     model = T.BertModel(T.BertConfig(**TEXT))
     model.save_pretrained(tmp_path)
-    record = hc.loader.HfCompressConfig()
+    record = HfCompressConfig()
     with pytest.raises(hc.CompressionError, match="apply_"):
         T.BertModel.from_pretrained(tmp_path, quantization_config=record)
 
@@ -252,8 +255,8 @@ def test_loading_does_not_depend_on_discover(tmp_path, monkeypatch):
 
 def write_golden():
     """Run once per plan format: python -c "from tests.test_loader import write_golden; write_golden()"."""
-    for family in ("bert", "llama"):
-        folder = GOLDEN / f"{family}-{hc.__version__}"
+    for family, masked in (("bert", False), ("llama", False), ("bert", True)):
+        folder = GOLDEN / f"{family}{'-masked' * masked}-{hc.__version__}"
         shutil.rmtree(folder, ignore_errors=True)
         kind, config, _ = FAMILIES[family]()
         for key, value in dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, vocab_size=40).items():
@@ -262,7 +265,13 @@ def write_golden():
             config.head_dim = 4
         torch.manual_seed(0)
         model = kind(config).eval()
-        hc.apply_(model, random_plan(model, ("heads", "neurons"), seed=7))
+        plan = random_plan(model, ("heads", "neurons"), seed=7)
+        if masked:  # as PruningCallback records it in the middle of a training
+            hc.mask_(model, plan)
+            layout = {"modules": {}, "gates": gates_of(model)}
+            model.config.quantization_config = HfCompressConfig(None, layout, masks_in(model).to_dict(spans=True))
+        else:
+            hc.apply_(model, plan)
         model.save_pretrained(folder)
         ids = torch.tensor([[5, 6, 7, 8, 30]])
         record = {"kind": kind.__name__, "input_ids": ids.tolist(), "logits": outputs(model, {"input_ids": ids}).tolist()}

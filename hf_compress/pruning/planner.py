@@ -253,8 +253,8 @@ def _loss(outputs: Any, batch: Mapping[str, Any], loss_fn: Callable[..., torch.T
         raise CompressionError(f"The loss must be one number, got {getattr(loss, 'shape', type(loss).__name__)}.")
     if not bool(torch.isfinite(loss).all()):
         raise CompressionError(
-            f"The loss of a batch is {loss.item()}, so scores from it are not finite either. Look at the batch: are all its labels "
-            "ignored? score='magnitude' needs no loss."
+            f"The loss of a batch is {loss.item()}, so scores from it mean nothing. Look at the batch (are all its labels "
+            "ignored?); score='magnitude' needs no loss."
         )
     if not loss.requires_grad:
         raise CompressionError("The loss does not depend on any head or neuron that was to be scored; look at loss_fn.")
