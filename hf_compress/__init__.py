@@ -2,11 +2,12 @@
 
 from . import loader as _loader  # noqa: F401  registers the loader with transformers
 from .discover import Structure, discover
+from .masking import Mask
 from .measure import Report, measure
 from .plan import CompressionError, KeepHeads, KeepLayers, KeepNeurons, Plan
 from .pruning import plan_pruning
 from .pruning.callback import PruningCallback
-from .surgery import Mask, apply_, mask_
+from .surgery import apply_, mask_
 from .trainer import CompressionTrainer
 
 __all__ = [

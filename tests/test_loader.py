@@ -11,7 +11,7 @@ import transformers as T
 import hf_compress as hc
 from hf_compress.layout import gates_of
 from hf_compress.loader import HfCompressConfig
-from hf_compress.surgery import masks_in
+from hf_compress.masking import masks_in
 from tests.zoo import FAMILIES, GQA, TEXT, build, outputs, random_plan
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -248,7 +248,7 @@ def test_loading_does_not_depend_on_discover(tmp_path, monkeypatch):
     def gone(*_):
         raise AssertionError("the loader looked for structure")
 
-    for module in ("resolve", "surgery"):
+    for module in ("resolve", "record", "masking"):
         monkeypatch.setattr(f"hf_compress.{module}.discover", gone)
     assert torch.equal(outputs(type(model).from_pretrained(tmp_path), batch), outputs(model, batch))
 

@@ -131,7 +131,7 @@ def test_a_failure_half_way_through_the_commit_is_undone(monkeypatch):
         dense = outputs(model, batch)  # first: Swin changes attributes of its own while it runs
         before = snapshot(model)
         with monkeypatch.context() as patch:
-            patch.setattr(surgery, "_stamp", lambda *a: (_ for _ in ()).throw(MemoryError("no memory")))
+            patch.setattr(surgery, "stamp_", lambda *a: (_ for _ in ()).throw(MemoryError("no memory")))
             with pytest.raises(MemoryError):
                 hc.apply_(model, random_plan(model, ("heads", "neurons", "layers")))
         assert same(snapshot(model), before), family

@@ -17,10 +17,11 @@ from ..discover import Attention, Structure, discover
 from ..host import first_rows
 from ..layout import gates_of
 from ..loader import HfCompressConfig, compression_of
+from ..masking import masks_in
 from ..modules import gate_, is_gated, ungate_, weight_dim
 from ..plan import CompressionError, Plan
 from ..probe import NoInputs, owners_in
-from ..surgery import apply_, masks_in, prove_plan, proved_layouts
+from ..surgery import apply_, prove_plan, proved_layouts
 from .schedules import SCHEDULES
 from .scores import SCORES
 from .select import count_units, fold, fold_mean, plan_of, select, units_of, warn_if_off, weight_squares

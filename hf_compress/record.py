@@ -1,0 +1,117 @@
+"""What a cut leaves in the config: numbers where those are enough, the layout that a loader needs otherwise."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from .cutting import Undo
+from .discover import discover
+from .layout import gates_of, layers_differ, merge, skeleton, stock_numbers, unrecorded
+from .loader import HfCompressConfig, compression_of
+from .masking import masks_in
+from .modules import LockedLinear
+from .plan import CompressionError, Plan
+from .stacks import config_parts
+
+
+def _local(name: str, owner: str) -> str | None:
+    if not owner:
+        return name
+    return name[len(owner) + 1 :] if name.startswith(f"{owner}.") else None
+
+
+def stamp_(
+    owner: PreTrainedModel,
+    name: str,
+    plan: Plan,
+    record: Mapping[str, Any],
+    removed: Mapping[str, tuple[int, ...]],
+    numbers_before: Mapping[str, Any],
+    undo: Undo,
+) -> None:
+    """Write into the config what a loader needs: nothing but numbers where that is enough, the layout otherwise."""
+    config = owner.config
+    before = compression_of(config)
+    mine = {_local(k, name): v for k, v in record.items() if _local(k, name) is not None}
+    gone = {_local(k, name): v for k, v in removed.items() if _local(k, name) is not None}
+    layout = merge(before.layout if before else None, mine, gone)  # type: ignore[arg-type]
+    edits = (before.plan if before else Plan()) + plan
+    state = dict(config.__dict__)
+
+    def restore() -> None:
+        config.__dict__.clear()
+        config.__dict__.update(state)
+
+    undo.append(restore)
+    masks = None
+    if before is not None and before.masks is not None:  # from the middle of a training: what is not cut stays masked
+        masks, gates = masks_in(owner), gates_of(owner)
+        layout = {**layout, "gates": gates}
+        if not gates:
+            masks, layout = None, {k: v for k, v in layout.items() if k != "gates"}
+    if gone:
+        _record_layers(owner, layout, gone, numbers_before, undo)  # type: ignore[arg-type]
+    structure = discover(owner)
+    stock = None if layout.get("layers") or masks else stock_numbers(owner, structure, layout["modules"])
+    if stock is not None:
+        layout = None
+        config.__dict__.pop("quantization_config", None)
+        parts = dict(config_parts(owner))
+        for key, value in stock.items():
+            part, _, attribute = key.rpartition(".")
+            target = parts[part]
+            was = target.__dict__.get(attribute)
+            undo.append(lambda t=target, a=attribute, v=was: t.__dict__.__setitem__(a, v))
+            setattr(target, attribute, value)
+    else:
+        if not any("shapes" in entry for entry in layout["modules"].values()):
+            _lock(owner, layout, undo)
+        hidden = None if masks is None else masks.to_dict(spans=True)
+        config.quantization_config = HfCompressConfig(plan=edits.to_dict(spans=True), layout=layout, masks=hidden)
+    place = unrecorded(owner, layout)
+    if place is not None:
+        raise CompressionError(
+            f"Nothing was changed: this cut of {type(owner).__name__} could not be saved so that it loads again ({place} would "
+            "differ). Leave the layers or blocks that it depends on out of the plan."
+        )
+
+
+def _record_layers(
+    owner: PreTrainedModel, layout: dict, gone: Mapping[str, tuple[int, ...]], numbers: Mapping[str, Any], undo: Undo
+) -> None:
+    """Where the layers that stay are not what a shorter config builds, say which of the base model's they are."""
+    known = layout.get("layers", {})
+    stock = skeleton(owner)
+    if not known and stock is not None and layers_differ(owner, stock, tuple(gone), layout["modules"]) is None:
+        return
+    kept = {path: [known[path][i] for i in now] if path in known else list(now) for path, now in gone.items()}
+    layout["layers"] = {**known, **kept}
+    layout.setdefault("numbers", {k: v for k, v in numbers.items() if _value(owner, k) != v})
+
+
+def _value(owner: PreTrainedModel, key: str) -> Any:
+    part, _, attribute = key.rpartition(".")
+    return vars(dict(config_parts(owner))[part]).get(attribute)
+
+
+def _lock(owner: PreTrainedModel, layout: dict, undo: Undo) -> None:
+    """Nothing in this checkpoint has another shape, so one weight gets one on disk: it must not load without us."""
+    inside = tuple(layout.get("layers", {})) or ("",)
+    structure = discover(owner)
+    outs = {block.out for block in (*structure.attentions, *structure.ffns)}  # those carry gates
+    for name, module in owner.named_modules():
+        if (
+            name not in outs
+            and type(module) in (nn.Linear, LockedLinear)
+            and any(not p or name.startswith(f"{p}.") for p in inside)
+        ):
+            if type(module) is nn.Linear:
+                undo.append(lambda m=module: setattr(m, "__class__", nn.Linear))
+                module.__class__ = LockedLinear
+            layout["modules"].setdefault(name, {})["lock"] = True
+            return
+    raise CompressionError(f"{type(owner).__name__} has no Linear that could mark the checkpoint as compressed.")

@@ -1,0 +1,74 @@
+"""Refusals: modules whose weights are not simply theirs, found before anything is tried."""
+
+from __future__ import annotations
+
+from torch import nn
+from torch.nn.utils import parametrize, prune
+
+from .cutting import Cut, is_plain_linear
+from .masking import skip_layer
+from .modules import is_gated
+from .plan import CompressionError
+
+
+def check_modules(model: nn.Module, cuts: list[Cut]) -> None:
+    """Refuse modules whose weights are not simply theirs."""
+    for cut in cuts:
+        for part in cut.block.parts:
+            module = model.get_submodule(part.module)
+            if parametrize.is_parametrized(module):
+                raise CompressionError(
+                    f"{part.module!r} is parametrized; its weight is computed and cannot be cut. Make it permanent first: "
+                    "torch.nn.utils.parametrize.remove_parametrizations(module, 'weight')."
+                )
+            if any(isinstance(h, prune.BasePruningMethod) for h in module._forward_pre_hooks.values()):
+                raise CompressionError(
+                    f"{part.module!r} is masked by torch.nn.utils.prune; make that permanent first: "
+                    "torch.nn.utils.prune.remove(module, 'weight')."
+                )
+            if part.parameter is None and not is_plain_linear(module):
+                raise CompressionError(
+                    f"{part.module!r} is a {type(module).__module__}.{type(module).__name__}, not a plain Linear, so its "
+                    "weight cannot be sliced. Cut before quantizing or adding adapters, or merge them first."
+                )
+
+
+def check_adapters(model: nn.Module) -> None:
+    """Refuse models with adapters: what is saved of them is the adapter alone."""
+    for module in model.modules():
+        if hasattr(module, "peft_config") or getattr(module, "_hf_peft_config_loaded", False):
+            raise CompressionError(
+                f"{type(module).__name__} carries adapters; saving it would save them and not the cut. Merge them first "
+                "(merge_and_unload()), or cut the base model before adding any."
+            )
+
+
+def check_masks(model: nn.Module, cuts: list[Cut]) -> None:
+    """Refuse to cut under a mask that hides what the plan keeps: it would be lost with the columns around it."""
+    for name, layer in model.named_modules():
+        if skip_layer in layer._forward_hooks.values():
+            raise CompressionError(f"The layer {name!r} is masked; remove that mask first (Mask.remove()), then cut.")
+    for cut in cuts:
+        module = model.get_submodule(cut.block.out)
+        if is_gated(module) and bool(((module.hfc_gate == 0) & (cut.gate().to(module.hfc_gate.device) == 1)).any()):  # type: ignore
+            raise CompressionError(
+                f"{cut.block.name!r} is masked, and the plan keeps some of what the mask hides. Remove the mask first "
+                "(Mask.remove()), or put everything that is masked into the plan."
+            )
+
+
+def check_sharing(model: nn.Module, cuts: list[Cut]) -> None:
+    """Refuse weights that another module uses as well: cutting one would untie or break the other."""
+    users: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        users.setdefault(id(parameter), []).append(name)
+    for cut in cuts:
+        for part in cut.block.parts:
+            module = model.get_submodule(part.module)
+            for key, parameter in module.named_parameters(recurse=False):
+                places = {id(model.get_submodule(n.rpartition(".")[0])) for n in users.get(id(parameter), [])}
+                if len(places) > 1 and (part.parameter is None or key == part.parameter):
+                    raise CompressionError(
+                        f"{part.module}.{key} is shared with {sorted(users[id(parameter)])}; cutting it for "
+                        f"{cut.block.name!r} would change them too. Untie them first, or leave it out of the plan."
+                    )
