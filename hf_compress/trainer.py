@@ -37,10 +37,22 @@ class CompressionTrainer(Trainer):
     Example:
 
     ```python
+    >>> import tempfile, torch
+    >>> from transformers import BertConfig, BertForSequenceClassification, TrainingArguments
     >>> from hf_compress import CompressionTrainer
-    >>> from transformers import Trainer
-    >>> issubclass(CompressionTrainer, Trainer)
-    True
+    >>> model = BertForSequenceClassification(BertConfig(
+    ...     vocab_size=99, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64,
+    ... ))
+    >>> rows = [{"input_ids": torch.tensor([5, 6, i]), "labels": i % 2} for i in range(8)]
+    >>> arguments = TrainingArguments(
+    ...     tempfile.mkdtemp(), max_steps=2, gradient_accumulation_steps=2, per_device_train_batch_size=2, use_cpu=True,
+    ...     report_to=[], save_strategy="no", logging_strategy="no", disable_tqdm=True,
+    ... )
+    >>> trainer = CompressionTrainer(model, arguments, train_dataset=rows)
+    >>> _ = trainer.train()  # doctest: +ELLIPSIS
+    {'train_runtime': ...}
+    >>> trainer.model_accepts_loss_kwargs  # BERT's head takes num_items_in_batch and ignores it
+    False
 
     ```
     """

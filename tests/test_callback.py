@@ -194,6 +194,8 @@ def test_compiled_evaluation_in_the_middle_is_masked(tmp_path):
         tmp_path, [prune, Compare()], torch_compile=True, torch_compile_backend="aot_eager", eval_strategy="steps", eval_steps=6,
         per_device_eval_batch_size=16,
     )  # fmt: skip
+    t.evaluate()  # graphs from before the gates must not be used with them
+    found.clear()
     t.train()
     for compiled, eager in found.values():
         assert compiled == pytest.approx(eager, rel=1e-4)
@@ -277,26 +279,15 @@ def test_a_pruned_model_is_pruned_further_in_the_trainer(tmp_path, fresh):
     model.save_pretrained(tmp_path / "first")
     loaded = T.AutoModelForSequenceClassification.from_pretrained(tmp_path / "first")
     watch = Watch(lambda m: (outputs(m.eval(), BATCH), m.train())[0])
-    t = trainer(tmp_path, [callback(), watch], model=loaded, save_strategy="steps", save_steps=8)
+    prune = callback()
+    t = trainer(tmp_path, [prune, watch], model=loaded, save_strategy="steps", save_steps=8)
     t.train()
     middle = fresh.outputs("BertForSequenceClassification", tmp_path / "checkpoint-8", BATCH)["logits"]
     assert torch.equal(middle, watch.seen[8])
     t.save_model(str(tmp_path / "out"))
     found = fresh.outputs("BertForSequenceClassification", tmp_path / "out", BATCH)["logits"]
     assert torch.equal(found, outputs(t.model.eval(), BATCH))
-    assert len(t.model.config.quantization_config.plan) > len(loaded.config.quantization_config.masks or ())
-
-
-def test_training_that_ends_early_still_ends_small(tmp_path, caplog):
-    class Stop(T.TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
-            control.should_training_stop = state.global_step >= 3
-
-    t = trainer(tmp_path, [callback(start=0.1, end=0.9), Stop()])
-    T.utils.logging.set_verbosity_warning()
-    t.train()
-    T.utils.logging.set_verbosity_error()
-    assert sum(a.num_heads for a in hc.discover(t.model).attentions) == 6
+    assert t.model.config.quantization_config.plan == model.config.quantization_config.plan + prune.plan
 
 
 @pytest.mark.parametrize(

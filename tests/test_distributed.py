@@ -36,9 +36,10 @@ def test_ranks_agree_on_plan_and_weights(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     results = [json.loads((tmp_path / f"rank{rank}" / "result.json").read_text()) for rank in (0, 1)]
     assert results[0] == results[1]
-    plan = hc.Plan.from_dict(results[0]["plan"])
-    assert sum(len(e.heads) for e in plan.edits if isinstance(e, hc.KeepHeads)) <= 6
     loaded = T.AutoModelForSequenceClassification.from_pretrained(tmp_path / "model")
+    structure = hc.discover(loaded)
+    assert sum(a.num_heads for a in structure.attentions) == 6 and sum(f.size for f in structure.ffns) == 144
+    assert loaded.config.quantization_config.plan == hc.Plan.from_dict(results[0]["plan"])
     assert outputs(loaded, {"input_ids": torch.stack([r["input_ids"] for r in rows(2)])}).isfinite().all()
 
 

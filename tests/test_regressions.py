@@ -366,7 +366,7 @@ def test_activation_is_a_mean_over_forward_passes(how, tmp_path):
 
 def test_losses_that_are_no_number_give_no_plan():
     model, batch = build("bert")
-    with pytest.raises(hc.CompressionError, match="are not finite"):
+    with pytest.raises(hc.CompressionError, match="scores from it mean nothing"):
         hc.plan_pruning(model, [{**batch, "labels": torch.tensor([-100, -100])}], heads=0.5)
     with pytest.raises(hc.CompressionError, match="does not run on a calibration batch"):
         hc.plan_pruning(model, [{"input_ids": torch.tensor([[1000]]), "labels": torch.tensor([0])}], heads=0.5)
@@ -431,6 +431,22 @@ def test_a_callback_that_refuses_to_train_leaves_no_gate(tmp_path):
         t.remove_callback(callback)
     t.train()
     assert not gated(t.model) and hc.discover(t.model).attentions[0].num_heads == 4
+
+
+def test_a_smaller_batch_after_running_out_of_memory(tmp_path):
+    """`auto_find_batch_size` starts the loop again after an error: our gates go, and come back."""
+    left = [True]
+
+    class Full(T.TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 6 and left:
+                left.pop()
+                raise RuntimeError("CUDA out of memory.")
+
+    t = trainer(tmp_path, [hc.PruningCallback(heads=0.5, neurons=0.5, every=1), Full()], auto_find_batch_size=True)
+    t.train()
+    assert not left and not gated(t.model)
+    assert sum(a.num_heads for a in hc.discover(t.model).attentions) == 6
 
 
 def test_the_users_optimizer_is_kept(tmp_path):
