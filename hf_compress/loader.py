@@ -14,7 +14,6 @@ import struct
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel
 from transformers.quantizers import auto
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
@@ -149,15 +148,13 @@ class HfCompressQuantizer(HfQuantizer):
         _check_files(checkpoint_files)
         replay_(model, self.quantization_config.layout)
 
-    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+    def postprocess_model(self, model: Any, **kwargs: Any) -> Any:
+        """Leave an ordinary model behind: half(), Trainer and save_pretrained treat quantized ones differently."""
+        model.config.quantization_config = self.quantization_config
         finish_replayed(model, self.quantization_config.layout)
-        # an ordinary model from here on: half(), Trainer and save_pretrained treat quantized ones differently
         model.is_quantized = False
         for name in ("hf_quantizer", "quantization_method"):
             model.__dict__.pop(name, None)
-        for module in model.modules():
-            if isinstance(module, PreTrainedModel):
-                module.config._is_quantized = False
         return model
 
 

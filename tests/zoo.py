@@ -176,7 +176,8 @@ def random_plan(model: torch.nn.Module, edits: tuple[str, ...], seed: int = 0) -
             if a.num_key_value_heads == 1:
                 kept = sorted(draw.sample(range(a.num_heads), 1 + i % (a.num_heads - 1)))
             else:
-                groups = sorted(draw.sample(range(a.num_key_value_heads), 1 + i % (a.num_key_value_heads - 1)))
+                most = max(2, a.num_key_value_heads - 1)  # of two, every other layer keeps both
+                groups = sorted(draw.sample(range(a.num_key_value_heads), 1 + i % most))
                 kept = [g * a.groups + j for g in groups for j in range(a.groups)]
             chosen.append(hc.KeepHeads(a.name, kept))
     if "neurons" in edits:
