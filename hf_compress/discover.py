@@ -417,9 +417,12 @@ def owners(layout: str, block: Attention | FeedForward) -> torch.Tensor:
     return {"q": q, "kv": kv, "q|k|v": torch.cat([q, kv, kv])}[layout]
 
 
-def nearest(name: str, names: list[str]) -> str:
+def nearest(name: Any, names: list[str]) -> str:
     """`; did you mean 'x'?` for an error about a name that is not there."""
     import difflib
+
+    if not isinstance(name, str):
+        return "."
 
     close: list[Any] = difflib.get_close_matches(name, names, 1, 0.3)
     return f"; did you mean {close[0]!r}?" if close else "."

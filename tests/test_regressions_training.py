@@ -219,3 +219,22 @@ def test_resume_from_a_path_restores_renamed_weights_too(tmp_path):
     again.train(resume_from_checkpoint=tmp_path / "a" / "checkpoint-4")
     for (name, p), (_, q) in zip(whole.model.named_parameters(), again.model.named_parameters(), strict=True):
         assert torch.equal(p, q), name
+
+
+@pytest.mark.parametrize("inputs", [{"zz": torch.zeros(1)}, {"input_ids": torch.tensor([[500]])}])
+def test_inputs_of_the_user_are_used_or_refused(inputs, tmp_path):
+    t = trainer(tmp_path, [hc.PruningCallback(heads=0.5, inputs=inputs)])
+    with pytest.raises(hc.CompressionError, match="does not run on the proof's inputs"):
+        t.train()
+
+
+def test_what_a_mask_hides_before_training_goes_first(tmp_path):
+    model, _ = build("bert")
+    name = "bert.encoder.layer.0.attention.self"
+    hc.mask_(model, hc.Plan([hc.KeepHeads(name, [1, 3])]))
+    prune = hc.PruningCallback(heads=0.5, every=1)
+    t = trainer(tmp_path, [prune], model=model)
+    t.train()
+    kept = [e.heads for e in prune.plan.edits if e.attention == name][0]
+    assert set(kept) <= {1, 3}
+    assert sum(a.num_heads for a in hc.discover(t.model).attentions) == 6

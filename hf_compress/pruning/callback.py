@@ -16,7 +16,7 @@ from ..plan import CompressionError, Plan
 from ..resume import keys_differ, restore_weights
 from .run import PruningRun
 from .schedules import SCHEDULES
-from .select import check_options
+from .select import check_options, check_seed
 
 logger = logging.get_logger(__name__)
 
@@ -87,23 +87,24 @@ class PruningCallback(TrainerCallback, ExportableState):
         seed: int = 0,
         inputs: Mapping[str, Any] | None = None,
     ) -> None:
-        check_options(heads, neurons, score, scope, round_to)
+        check_options(heads, neurons, score, scope, round_to, uniform)
         if not isinstance(schedule, str) or schedule not in SCHEDULES:
             raise CompressionError(
-                f"Unknown schedule {schedule!r}{nearest(str(schedule), list(SCHEDULES))} Known: {', '.join(SCHEDULES)}."
+                f"Unknown schedule {schedule!r}{nearest(schedule, list(SCHEDULES))} Known: {', '.join(SCHEDULES)}."
             )
         if not heads and not neurons:
             raise CompressionError("PruningCallback removes nothing: set heads or neurons to a fraction above 0.")
-        if not all(isinstance(x, int | float) for x in (start, end, smoothing)) or not 0 <= start <= end <= 1:
+        if not all(isinstance(x, int | float) for x in (start, end)) or not 0 <= start <= end <= 1:
             raise CompressionError(
                 f"start and end are fractions of the training, 0 <= start <= end <= 1, got {start!r} and {end!r}."
             )
-        if every is not None and (not isinstance(every, int) or isinstance(every, bool) or every < 1):
+        if every is not None and (type(every) is not int or every < 1):
             raise CompressionError(f"every is a number of optimizer steps >= 1, got {every!r}.")
-        if not 0 <= smoothing < 1:
+        if not isinstance(smoothing, int | float) or not 0 <= smoothing < 1:
             raise CompressionError(f"smoothing must lie in [0, 1), got {smoothing!r}.")
-        if not isinstance(uniform, bool) or not isinstance(seed, int) or not 0 <= seed < 2**31:
-            raise CompressionError(f"uniform is True or False and seed a whole number, got {uniform!r} and {seed!r}.")
+        check_seed(seed)
+        if inputs is not None and not isinstance(inputs, Mapping):
+            raise CompressionError(f"inputs must be a batch as for model(**inputs), got {type(inputs).__name__}.")
         self.inputs = inputs
         self.options: dict[str, Any] = {
             "heads": heads,

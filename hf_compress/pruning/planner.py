@@ -15,7 +15,7 @@ from ..discover import Structure, discover
 from ..plan import CompressionError, Plan
 from ..surgery import proved_layouts
 from .scores import SCORES
-from .select import check_options, count_units, fold, fold_mean, plan_of, select, warn_if_off, weight_squares
+from .select import check_options, check_seed, count_units, fold, fold_mean, plan_of, select, warn_if_off, weight_squares
 
 
 def plan_pruning(
@@ -78,11 +78,10 @@ def plan_pruning(
 
     ```
     """
-    check_options(heads, neurons, score, scope, round_to)
-    if not isinstance(seed, int) or not 0 <= seed < 2**31 or not (loss_fn is None or callable(loss_fn)):
-        raise CompressionError(
-            f"seed is a whole number and loss_fn a function of (outputs, batch), got {seed!r} and {loss_fn!r}."
-        )
+    check_options(heads, neurons, score, scope, round_to, uniform)
+    check_seed(seed)
+    if loss_fn is not None and not callable(loss_fn):
+        raise CompressionError(f"loss_fn must be a function of (outputs, batch), got {loss_fn!r}.")
     if batches is not None and (isinstance(batches, str | Mapping | torch.Tensor) or not isinstance(batches, Iterable)):
         raise CompressionError(f"batches must be a sequence of dicts, as for model(**batch), got {type(batches).__name__}.")
     model = getattr(model, "_orig_mod", model)  # torch.compile
@@ -225,7 +224,7 @@ def _frozen(model: nn.Module, outs: Iterable[str], gate: Callable[[str, torch.Te
 def _forward(model: nn.Module, batch: Mapping[str, Any]) -> Any:
     try:
         return model(**batch)
-    except (TypeError, ValueError, RuntimeError, IndexError, KeyError) as error:
+    except Exception as error:  # a model may refuse a batch in any way
         raise CompressionError(
             f"{type(model).__name__} does not run on a calibration batch ({', '.join(batch)}): {type(error).__name__}: {error}"
         ) from error

@@ -71,12 +71,14 @@ class PruningRun:
                         f"score={self.options['score']!r} reads the gradient of {block.out!r}, which is frozen. Train it, or "
                         "use score='magnitude' or 'activation'."
                     )
-        half = {b.name: list(range(0, count_units(b), 2)) for b in self.blocks}
+        half = {b.name: _alive(self.outs[b.name], b).nonzero().flatten().tolist()[::2] for b in self.blocks}
         heads = {b.name: half[b.name] for b in self.blocks if isinstance(b, Attention)}
         plan = plan_of(self.structure, heads, {b.name: half[b.name] for b in self.blocks if b.name not in heads})
         try:
             prove_plan(self.model, plan, self.inputs)
         except NoInputs as error:
+            if self.inputs is not None:
+                raise
             self.inputs = None if self.trainer is None else first_rows(self.trainer)
             if self.inputs is None:
                 raise NoInputs(f"{error} Give them to the callback: PruningCallback(inputs=...).") from error
@@ -93,10 +95,8 @@ class PruningRun:
         for block in self.blocks:
             out = self.outs[block.name]
             self.gated_before[block.name] = out.hfc_gate.clone() if is_gated(out) else None  # type: ignore
-            gate = gate_(out, track=self.how.needs == "activation")
-            units = torch.ones(count_units(block), dtype=torch.bool)
-            units[units_of(block)[gate.cpu() == 0]] = False
-            self.alive[block.name] = units
+            gate_(out, track=self.how.needs == "activation")
+            self.alive[block.name] = _alive(out, block)
         if saved is not None:
             self._resume(saved)
             self._write_gates()
@@ -291,6 +291,14 @@ class PruningRun:
             if self.how.needs == "activation":
                 self.scores[name] = self.scores[name].view(2, -1)
         self.is_full = saved["is_full"]
+
+
+def _alive(out: nn.Module, block: Block) -> torch.Tensor:
+    """The units of a block that no mask hides: what training may choose from."""
+    units = torch.ones(count_units(block), dtype=torch.bool)
+    if is_gated(out):
+        units[units_of(block)[out.hfc_gate.cpu() == 0]] = False  # type: ignore[operator,union-attr]
+    return units
 
 
 def _encode(tensor: torch.Tensor) -> str:

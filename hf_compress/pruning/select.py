@@ -20,17 +20,24 @@ logger = logging.get_logger(__name__)
 SCOPES = ("global", "layer")
 
 
-def check_options(heads: float, neurons: float, score: str, scope: str, round_to: int) -> None:
+def check_options(heads: float, neurons: float, score: str, scope: str, round_to: int, uniform: bool) -> None:
     """Refuse options that mean nothing, with what is allowed."""
     for name, value in (("heads", heads), ("neurons", neurons)):
         if not isinstance(value, numbers.Real) or isinstance(value, bool) or not 0 <= value < 1:
             raise CompressionError(f"{name} is the fraction to remove and must lie in [0, 1), got {value!r}.")
     if not isinstance(score, str) or score not in SCORES:
-        raise CompressionError(f"Unknown score {score!r}{nearest(str(score), list(SCORES))} Known: {', '.join(SCORES)}.")
+        raise CompressionError(f"Unknown score {score!r}{nearest(score, list(SCORES))} Known: {', '.join(SCORES)}.")
     if scope not in SCOPES:
         raise CompressionError(f"scope must be 'global' (rank all layers together) or 'layer' (each alone), got {scope!r}.")
+    if not isinstance(uniform, bool):
+        raise CompressionError(f"uniform must be True or False, got {uniform!r}.")
     if not isinstance(round_to, int) or isinstance(round_to, bool) or round_to < 1:
         raise CompressionError(f"round_to must be a whole number of neurons >= 1, got {round_to!r}.")
+
+
+def check_seed(seed: int) -> None:
+    if type(seed) is not int or not 0 <= seed < 2**31:
+        raise CompressionError(f"seed must be a whole number in [0, 2**31), got {seed!r}.")
 
 
 def units_of(block: Block) -> torch.Tensor:
