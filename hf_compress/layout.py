@@ -7,7 +7,7 @@ written loads whatever `discover` learns later.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from typing import Any
 
@@ -39,10 +39,16 @@ def merge(old: Mapping[str, Any] | None, new: Mapping[str, Any], removed: Mappin
         if moved is not None:
             modules[moved] = copy.deepcopy(entry)
     for name, entry in new.items():
-        target = modules.setdefault(name, {})
-        for key, value in entry.items():
-            target[key] = {**target.get(key, {}), **value} if isinstance(value, dict) and key != "heads" else value
+        modules[name] = joined(modules.get(name), entry)
     return {**{k: v for k, v in (old or {}).items() if k != "modules"}, "modules": modules}
+
+
+def joined(old: Mapping[str, Any] | None, new: Mapping[str, Any]) -> dict[str, Any]:
+    """One module's entry after another change to it: what is new replaces what was said before."""
+    entry = dict(old or {})
+    for key, value in new.items():
+        entry[key] = {**entry.get(key, {}), **value} if isinstance(value, dict) else value
+    return entry
 
 
 def renamed(name: str, removed: Mapping[str, tuple[int, ...]]) -> str | None:
@@ -278,11 +284,8 @@ def replay_(model: nn.Module, layout: Layout) -> None:
     if layers:
         _pick_layers(model, layers, layout.get("numbers", {}))
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
-    modules = dict(model.named_modules())
-    found = {
-        name: next((modules[n] for n in (name, name.removeprefix(prefix), prefix + name) if n in modules), None)
-        for name in layout["modules"]
-    }
+    find = _finder(model)
+    found = {name: find(name) for name in layout["modules"]}
     if found and not any(found.values()):
         raise CompressionError(
             f"None of the modules that this checkpoint cuts ({next(iter(found))}, ...) is in {type(model).__name__}: the "
@@ -326,13 +329,17 @@ def _replay_module(name: str, module: nn.Module, entry: Mapping[str, Any]) -> No
 
 def finish_replayed(model: nn.Module, layout: Layout) -> None:
     """After the weights are in: give locked modules their real shape back, and put gates on."""
-    for name, entry in layout["modules"].items():
-        module = _find(model, name) if entry.get("lock") else None
+    locked = [name for name, entry in layout["modules"].items() if entry.get("lock")]
+    if not locked and not layout.get("gates"):
+        return
+    find = _finder(model)
+    for name in locked:
+        module = find(name)
         if isinstance(module, nn.Linear) and module.weight.ndim == 3:
             module.weight = nn.Parameter(module.weight.detach()[0], requires_grad=module.weight.requires_grad)
             lock_(module)
     for name, columns in layout.get("gates", {}).items():
-        module = _find(model, name)
+        module = find(name)
         if module is None:
             continue
         kept = from_spans(columns)
@@ -351,23 +358,23 @@ def gates_of(model: nn.Module) -> dict[str, str]:
     return found
 
 
-def _find(model: nn.Module | None, name: str) -> nn.Module | None:
-    """A module by its name, with or without the prefix of the base model: `AutoModel` loads task checkpoints, and back."""
+def _finder(model: nn.Module | None) -> Callable[[str], nn.Module | None]:
+    """Finds modules by name, with or without the prefix of the base model: `AutoModel` loads task checkpoints, and back."""
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
-    for option in (name, name.removeprefix(prefix), prefix + name):
-        try:
-            return model.get_submodule(option) if model is not None else None
-        except AttributeError:
-            continue
-    return None
+    modules = {} if model is None else dict(model.named_modules())
+
+    def find(name: str) -> nn.Module | None:
+        return next((modules[n] for n in (name, name.removeprefix(prefix), prefix + name) if n in modules), None)
+
+    return find
 
 
 def _pick_layers(model: nn.Module, layers: Mapping[str, Any], numbers: Mapping[str, Any]) -> None:
     """Build all layers that the base model has and take those that stayed: layers are not all alike."""
-    full = skeleton(model, numbers)
+    find, find_in_base = _finder(model), _finder(skeleton(model, numbers))
     for path, kept in layers.items():
-        ours: Any = _find(model, path)
-        theirs: Any = _find(full, path)
+        ours: Any = find(path)
+        theirs: Any = find_in_base(path)
         lists = isinstance(ours, nn.ModuleList) and isinstance(theirs, nn.ModuleList)
         if not lists or not all(type(i) is int and 0 <= i < len(theirs) for i in kept):
             raise CompressionError(f"The checkpoint keeps layers {kept!r} of {path!r}, which this model does not have.")

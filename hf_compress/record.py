@@ -72,6 +72,7 @@ def stamp_(
             _lock(owner, layout, undo)
         hidden = None if masks is None else masks.to_dict(spans=True)
         config.quantization_config = HfCompressConfig(plan=edits.to_dict(spans=True), layout=layout, masks=hidden)
+    _unlock_others(owner, layout, undo)
     place = unrecorded(owner, layout)
     if place is not None:
         raise CompressionError(
@@ -96,6 +97,15 @@ def _record_layers(
 def _value(owner: PreTrainedModel, key: str) -> Any:
     part, _, attribute = key.rpartition(".")
     return vars(dict(config_parts(owner))[part]).get(attribute)
+
+
+def _unlock_others(owner: PreTrainedModel, layout: Mapping[str, Any] | None, undo: Undo) -> None:
+    """Locks of an earlier record that this one does not need any more."""
+    modules = (layout or {}).get("modules", {})
+    for name, module in owner.named_modules():
+        if type(module) is LockedLinear and not modules.get(name, {}).get("lock"):
+            undo.append(lambda m=module: setattr(m, "__class__", LockedLinear))
+            module.__class__ = nn.Linear  # type: ignore[assignment]
 
 
 def _lock(owner: PreTrainedModel, layout: dict, undo: Undo) -> None:

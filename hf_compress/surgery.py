@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
 from .cutting import Undo, Variant, cut_
-from .discover import Attention, FeedForward
-from .layout import renamed
+from .layout import joined, renamed
 from .masking import Mask
-from .plan import CompressionError, KeepHeads, KeepNeurons, Plan
+from .plan import CompressionError, Plan
 from .probe import difference, owners_in, probing, tensors_in, tolerance
 from .prove import prove
 from .record import stamp_
@@ -127,9 +126,9 @@ def apply_(model: nn.Module, plan: Plan, *, inputs: Mapping[str, Any] | None = N
             record: dict[str, Any] = {}
             for cut in cuts:
                 for name, entry in cut_(model.get_submodule, cut, proved[cut.block.name], undo).items():
-                    record[renamed(name, removed) or name] = _joined(record.get(renamed(name, removed) or name), entry)
+                    record[renamed(name, removed) or name] = joined(record.get(renamed(name, removed) or name), entry)
             for name, entry in remove_layers_(model, removed, undo).items():
-                record[name] = _joined(record.get(name), entry)
+                record[name] = joined(record.get(name), entry)
         for name, owner in owners:
             stamp_(owner, name, plan, record, removed, numbers[name], undo)
     except BaseException:
@@ -139,39 +138,18 @@ def apply_(model: nn.Module, plan: Plan, *, inputs: Mapping[str, Any] | None = N
     return outer
 
 
-def prove_plan(model: nn.Module, plan: Plan, inputs: Mapping[str, Any] | None = None) -> None:
-    """Refuse what `apply_` would refuse, and change nothing either way."""
+def prove_plan(model: nn.Module, plan: Plan, inputs: Mapping[str, Any] | None = None) -> dict[str, str]:
+    """Refuse what `apply_` would refuse, and change nothing either way.
+
+    Returns:
+        how units were found to lie in fused projections, by the path of the projection.
+    """
     model = _unwrapped(model)
     resolved = resolve(model, plan)
     check_modules(model, resolved.cuts)
     check_sharing(model, resolved.cuts)
-    _prove_all(model, resolved, inputs)
-
-
-def proved_layouts(model: nn.Module, blocks: Sequence[Attention | FeedForward]) -> dict[str, str]:
-    """How the units of fused projections lie, by the path of the projection, found by proving a cut of each block."""
-    unclear = [block for block in blocks if any(len(part.layouts) > 1 for part in block.parts)]
-    edits: list[KeepHeads | KeepNeurons] = []
-    for block in unclear:
-        if isinstance(block, Attention):
-            whole = block.num_key_value_heads // 2 * block.groups or block.num_heads // 2
-            edits.append(KeepHeads(block.name, tuple(range(max(1, whole)))))
-        else:
-            edits.append(KeepNeurons(block.name, tuple(range(max(1, block.size // 2)))))
-    if not edits:
-        return {}
-    return {
-        module: layout
-        for v in _prove_all(model, resolve(model, Plan(edits)), None).values()
-        for module, layout in v.layouts.items()
-    }
-
-
-def _joined(old: Mapping[str, Any] | None, new: Mapping[str, Any]) -> dict[str, Any]:
-    joined = dict(old or {})
-    for key, value in new.items():
-        joined[key] = {**joined.get(key, {}), **value} if isinstance(value, dict) else value
-    return joined
+    proved = _prove_all(model, resolved, inputs)
+    return {module: layout for variant in proved.values() for module, layout in variant.layouts.items()}
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:

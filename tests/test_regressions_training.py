@@ -238,3 +238,11 @@ def test_what_a_mask_hides_before_training_goes_first(tmp_path):
     kept = [e.heads for e in prune.plan.edits if e.attention == name][0]
     assert set(kept) <= {1, 3}
     assert sum(a.num_heads for a in hc.discover(t.model).attentions) == 6
+
+
+def test_fused_projections_of_a_masked_model_are_scored(tmp_path):
+    """How GPT-2's c_attn lies is proved with units that the mask leaves, whichever those are."""
+    model, _ = build("gpt2")
+    hc.mask_(model, hc.Plan([hc.KeepHeads("transformer.h.0.attn", [1, 3])]))
+    plan = hc.plan_pruning(model, heads=0.5, score="magnitude")
+    assert sum(4 - len(e.heads) for e in plan.edits) == 6

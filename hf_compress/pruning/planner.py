@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -13,9 +13,20 @@ from tqdm.auto import tqdm
 from ..cutting import Block
 from ..discover import Structure, discover
 from ..plan import CompressionError, Plan
-from ..surgery import proved_layouts
+from ..surgery import prove_plan
 from .scores import SCORES
-from .select import check_options, check_seed, count_units, fold, fold_mean, plan_of, select, warn_if_off, weight_squares
+from .select import (
+    check_options,
+    check_seed,
+    count_units,
+    fold,
+    fold_mean,
+    plan_of,
+    select,
+    trial_plan,
+    warn_if_off,
+    weight_squares,
+)
 
 
 def plan_pruning(
@@ -122,7 +133,9 @@ def _measure(
     """One number per unit, by block."""
     how = SCORES[score]
     if how.needs == "weight":
-        layouts = proved_layouts(model, wanted)
+        fused = [block for block in wanted if any(len(part.layouts) > 1 for part in block.parts)]
+        first = batches[0] if isinstance(batches, Sequence) and batches else None
+        layouts = prove_plan(model, trial_plan(model, structure, fused), first) if fused else {}
         return {block.name: how.reduce(weight_squares(model, block, layouts)) for block in wanted}
     if how.needs == "seed":
         order = {b.name: i for i, b in enumerate((*structure.attentions, *structure.ffns))}

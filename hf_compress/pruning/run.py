@@ -21,10 +21,21 @@ from ..masking import masks_in
 from ..modules import gate_, is_gated, ungate_, weight_dim
 from ..plan import CompressionError, Plan
 from ..probe import NoInputs, owners_in
-from ..surgery import apply_, prove_plan, proved_layouts
+from ..surgery import apply_, prove_plan
 from .schedules import SCHEDULES
 from .scores import SCORES
-from .select import count_units, fold, fold_mean, plan_of, select, units_of, warn_if_off, weight_squares
+from .select import (
+    alive_units,
+    count_units,
+    fold,
+    fold_mean,
+    plan_of,
+    select,
+    trial_plan,
+    units_of,
+    warn_if_off,
+    weight_squares,
+)
 
 
 class PruningRun:
@@ -71,11 +82,9 @@ class PruningRun:
                         f"score={self.options['score']!r} reads the gradient of {block.out!r}, which is frozen. Train it, or "
                         "use score='magnitude' or 'activation'."
                     )
-        half = {b.name: _alive(self.outs[b.name], b).nonzero().flatten().tolist()[::2] for b in self.blocks}
-        heads = {b.name: half[b.name] for b in self.blocks if isinstance(b, Attention)}
-        plan = plan_of(self.structure, heads, {b.name: half[b.name] for b in self.blocks if b.name not in heads})
+        plan = trial_plan(self.model, self.structure, self.blocks)
         try:
-            prove_plan(self.model, plan, self.inputs)
+            self.layouts = prove_plan(self.model, plan, self.inputs)
         except NoInputs as error:
             if self.inputs is not None:
                 raise
@@ -83,11 +92,9 @@ class PruningRun:
             if self.inputs is None:
                 raise NoInputs(f"{error} Give them to the callback: PruningCallback(inputs=...).") from error
             try:
-                prove_plan(self.model, plan, self.inputs)
+                self.layouts = prove_plan(self.model, plan, self.inputs)
             except NoInputs as again:
                 raise NoInputs(f"{again} Give them to the callback: PruningCallback(inputs=...).") from again
-        if self.how.needs == "weight":
-            self.layouts = proved_layouts(self.model, self.blocks)
 
     def begin(self, saved: dict[str, Any] | None) -> None:
         """Put the gates on, all ones or as a checkpoint left them."""
@@ -96,7 +103,7 @@ class PruningRun:
             out = self.outs[block.name]
             self.gated_before[block.name] = out.hfc_gate.clone() if is_gated(out) else None  # type: ignore
             gate_(out, track=self.how.needs == "activation")
-            self.alive[block.name] = _alive(out, block)
+            self.alive[block.name] = alive_units(self.model, block)
         if saved is not None:
             self._resume(saved)
             self._write_gates()
@@ -291,14 +298,6 @@ class PruningRun:
             if self.how.needs == "activation":
                 self.scores[name] = self.scores[name].view(2, -1)
         self.is_full = saved["is_full"]
-
-
-def _alive(out: nn.Module, block: Block) -> torch.Tensor:
-    """The units of a block that no mask hides: what training may choose from."""
-    units = torch.ones(count_units(block), dtype=torch.bool)
-    if is_gated(out):
-        units[units_of(block)[out.hfc_gate.cpu() == 0]] = False  # type: ignore[operator,union-attr]
-    return units
 
 
 def _encode(tensor: torch.Tensor) -> str:

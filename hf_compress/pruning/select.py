@@ -11,7 +11,7 @@ from transformers.utils import logging
 
 from ..cutting import Block
 from ..discover import Attention, Structure, nearest, owners
-from ..modules import weight_dim
+from ..modules import is_gated, weight_dim
 from ..plan import CompressionError, KeepHeads, KeepNeurons, Plan
 from .scores import SCORES
 
@@ -70,10 +70,26 @@ def fold_mean(columns: torch.Tensor, block: Block) -> torch.Tensor:
     return fold(columns, block) / (columns.shape[-1] / count_units(block))
 
 
+def alive_units(model: nn.Module, block: Block) -> torch.Tensor:
+    """The units of a block that no mask hides."""
+    out = model.get_submodule(block.out)
+    units = torch.ones(count_units(block), dtype=torch.bool)
+    if is_gated(out):
+        units[units_of(block)[out.hfc_gate.cpu() == 0]] = False  # type: ignore[operator,union-attr]
+    return units
+
+
+def trial_plan(model: nn.Module, structure: Structure, blocks: Sequence[Block]) -> Plan:
+    """Every second unit of these blocks: a plan to prove that they can be cut, and how their units lie."""
+    half = {b.name: alive_units(model, b).nonzero().flatten().tolist()[::2] for b in blocks}
+    heads = {b.name: half[b.name] for b in blocks if isinstance(b, Attention)}
+    return plan_of(structure, heads, {name: kept for name, kept in half.items() if name not in heads})
+
+
 def weight_squares(model: nn.Module, block: Block, layouts: Mapping[str, str]) -> torch.Tensor:
     """Sum of the squared weights of each unit, over every projection that would be cut with it: shape (units,).
 
-    `layouts`: how units lie in fused projections, by the path of the projection (`surgery.proved_layouts`).
+    `layouts`: how units lie in fused projections, by the path of the projection (`surgery.prove_plan`).
     """
     units = count_units(block)
     if isinstance(block, Attention):
