@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from .discover import Attention, FeedForward, Part, owners
-from .modules import GATED, ConfigView, LockedLinear, gate_, is_gated, select_heads_, ungate_, weight_dim, width_attribute
+from .modules import GATED, ConfigView, LockedLinear, factor, gate_, is_gated, select_heads_, ungate_, width_attribute
 
 Block = Attention | FeedForward
 Undo = list[Callable[[], None]]
@@ -88,7 +88,8 @@ def cut_(get: Callable[[str], nn.Module], cut: Cut, variant: Variant, undo: Undo
             _keep(module, part.parameter, rows, part.dim, entry, undo)
             continue
         _ungate(module, undo)  # a mask on the same columns has done its work
-        _keep(module, "weight", rows, weight_dim(module, part.dim), entry, undo)
+        name, dim = factor(module, part.dim)
+        _keep(module, name, rows, dim, entry, undo)
         if part.dim == 0 and module.bias is not None:
             _keep(module, "bias", rows, 0, entry, undo)
         _set(module, width_attribute(module, part.dim), len(rows), entry, undo)

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from .edits import CompressionError
 from .modules import width
-from .plan import CompressionError
 
 # One attention is a module with these Linear children; its output projection is one more child, or lies in a sibling.
 QUERY = re.compile(r"^(q|query)(_?(lin|proj|layer))?$")

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from .plan import CompressionError
+from .edits import CompressionError
 
 
 def replace_files(folder: str | os.PathLike, files: Mapping[str, bytes], remove: Iterable[str] = ()) -> None:

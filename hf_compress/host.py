@@ -14,7 +14,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, Trainer
 
-from .plan import CompressionError
+from .edits import CompressionError
 from .resume import keys_differ, restore_weights
 
 

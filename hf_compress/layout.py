@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from .edits import CompressionError, from_spans, spans_of
+from .kinds import check_kinds, make_
 from .modules import PLAIN, ConfigView, LockedLinear, gate_, is_gated, lock_, select_heads_, width
-from .plan import CompressionError, from_spans, spans_of
 from .stacks import carry_, config_parts, counts_layers
 
 Layout = dict[str, Any]
@@ -39,7 +40,10 @@ def merge(old: Mapping[str, Any] | None, new: Mapping[str, Any], removed: Mappin
         if moved is not None:
             modules[moved] = copy.deepcopy(entry)
     for name, entry in new.items():
-        modules[name] = joined(modules.get(name), entry)
+        old_entry = modules.get(name)
+        if old_entry and "kinds" in entry:  # shapes of another kind; and its own are lock enough
+            old_entry = {k: v for k, v in old_entry.items() if k not in ("shapes", "lock")}
+        modules[name] = joined(old_entry, entry)
     return {**{k: v for k, v in (old or {}).items() if k != "modules"}, "modules": modules}
 
 
@@ -232,7 +236,7 @@ def _part_of(model: nn.Module, name: str, parts: dict[str, Any]) -> str:
 
 def check(layout: Any) -> Layout:
     """A layout as it came from a file, or a refusal: only known keys, of the types that this package writes."""
-    kinds = {"shapes": dict, "attributes": dict, "config": dict, "heads": dict, "lock": bool}
+    kinds = {"shapes": dict, "attributes": dict, "config": dict, "heads": dict, "lock": bool, "kinds": list}
     if not isinstance(layout, dict) or not isinstance(layout.get("modules"), dict):
         raise CompressionError("The checkpoint's compression layout is not whole: it has no 'modules'.")
     for key, kind in (("layers", list), ("gates", str)):
@@ -255,6 +259,7 @@ def check(layout: Any) -> Layout:
                 raise CompressionError(
                     f"The layout says {key!r}: {value!r} for {name!r}, which no hf_compress of this version writes."
                 )
+        check_kinds(entry.get("kinds", []), name)
         for key, shape in entry.get("shapes", {}).items():
             if not isinstance(shape, list) or not all(type(n) is int and n > 0 for n in shape):
                 raise CompressionError(
@@ -304,6 +309,7 @@ def replay_(model: nn.Module, layout: Layout) -> None:
 
 
 def _replay_module(name: str, module: nn.Module, entry: Mapping[str, Any]) -> None:
+    make_(module, entry.get("kinds", []))
     shapes = entry.get("shapes", {})
     if entry.get("lock"):
         shapes = {**shapes, "weight": [1, *shapes.get("weight", module.weight.shape)]}  # type: ignore[misc]

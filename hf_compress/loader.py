@@ -19,8 +19,9 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from .edits import CompressionError
 from .layout import check, finish_replayed, replay_
-from .plan import CompressionError, Plan
+from .plan import Plan
 
 METHOD = "hf_compress"
 FORMAT = 1

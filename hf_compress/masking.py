@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from .discover import Attention, discover
+from .edits import KeepHeads, KeepNeurons
 from .modules import gate_, is_gated, ungate_
-from .plan import KeepHeads, KeepNeurons, Plan
+from .plan import Plan
 from .resolve import Resolved
 
 

@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 
 from .discover import discover
-from .plan import CompressionError
+from .edits import CompressionError
 from .probe import quiet_run
 
 Metrics = Mapping[str, float] | Callable[[nn.Module], Mapping[str, float]] | None

@@ -17,15 +17,29 @@ from transformers.pytorch_utils import Conv1D
 
 
 def width(linear: nn.Module, dim: int) -> int:
-    """Outputs (`dim=0`) or inputs (`dim=1`) of a Linear or of GPT-2's transposed Conv1D, from the weight itself."""
-    weight = linear.weight
+    """Outputs (`dim=0`) or inputs (`dim=1`) of a Linear, of GPT-2's transposed Conv1D, or of what replaced one."""
+    if "weight_scale" in linear._parameters:  # packed: its shape says nothing
+        return getattr(linear, ("out_features", "in_features")[dim])
+    name, where = factor(linear, dim)
+    weight = linear._parameters[name]
     assert isinstance(weight, torch.Tensor)
-    return weight.shape[weight_dim(linear, dim)]
+    return weight.shape[where]
 
 
-def weight_dim(linear: nn.Module, dim: int) -> int:
-    """The dimension of `linear.weight` that holds outputs (`dim=0`) or inputs (`dim=1`)."""
-    return 1 - dim if isinstance(linear, Conv1D) else dim
+def factor(linear: nn.Module, dim: int) -> tuple[str, int]:
+    """The parameter that holds outputs (`dim=0`) or inputs (`dim=1`) of a projection, and in which of its dimensions."""
+    if dim == 1 and "weight_in" in linear._parameters:
+        return "weight_in", 1
+    return "weight", 1 - dim if isinstance(linear, Conv1D) else dim
+
+
+def dense_weight(linear: nn.Module) -> torch.Tensor:
+    """The (out, in) matrix that a projection multiplies by."""
+    weight = linear._parameters["weight"]
+    assert isinstance(weight, torch.Tensor)
+    if "weight_in" in linear._parameters:
+        return weight @ linear._parameters["weight_in"]  # type: ignore[operator]
+    return weight.T if isinstance(linear, Conv1D) else weight
 
 
 def width_attribute(linear: nn.Module, dim: int) -> str:
@@ -48,8 +62,10 @@ class _Gated:
     weight: nn.Parameter
 
     def _gated_weight(self) -> torch.Tensor:
-        gate = self.hfc_gate.to(self.weight.dtype)
-        return self.weight * (gate[:, None] if isinstance(self, Conv1D) else gate)
+        """The factor that meets the inputs, gated."""
+        weight = getattr(self, factor(self, 1)[0])  # type: ignore[arg-type]
+        gate = self.hfc_gate.to(weight.dtype)
+        return weight * (gate[:, None] if isinstance(self, Conv1D) else gate)
 
     def _track(self, inputs: torch.Tensor) -> None:
         """Adds up, per input column: how often it was not zero, its mean absolute value, and 1 (training only)."""
@@ -62,7 +78,7 @@ class _Gated:
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[misc]
         if not keep_vars:
-            destination[prefix + "weight"] = self._gated_weight().detach()
+            destination[prefix + factor(self, 1)[0]] = self._gated_weight().detach()  # type: ignore[arg-type]
 
 
 class GatedLinear(_Gated, nn.Linear):
@@ -78,7 +94,33 @@ class GatedConv1D(_Gated, Conv1D):
         return out.view(*x.shape[:-1], self.nf)
 
 
-GATED: dict[type, type] = {nn.Linear: GatedLinear, Conv1D: GatedConv1D}
+class LowRankLinear(nn.Linear):
+    """`y = U (V x) + b`: `weight` is U (out, rank), `weight_in` is V (rank, in).
+
+    U keeps the name `weight`, whose shape no dense model has (the rank is less than `in`), so plain transformers fails
+    on such a checkpoint instead of leaving random weights.
+    """
+
+    weight_in: nn.Parameter
+
+    @property
+    def rank(self) -> int:
+        return self.weight_in.shape[0]
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return F.linear(F.linear(input, self.weight_in), self.weight, self.bias)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, rank={self.rank}"
+
+
+class GatedLowRankLinear(_Gated, LowRankLinear):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        self._track(input)
+        return F.linear(F.linear(input, self._gated_weight()), self.weight, self.bias)
+
+
+GATED: dict[type, type] = {nn.Linear: GatedLinear, Conv1D: GatedConv1D, LowRankLinear: GatedLowRankLinear}
 PLAIN = {gated: plain for plain, gated in GATED.items()}
 
 

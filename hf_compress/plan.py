@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import operator
 import os
-from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
@@ -17,166 +15,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as dump_tensors
 
+from .edits import EDITS, MOST_UNITS, CompressionError, Edit, from_spans, spans_of
+
 FORMAT = 1
 PLAN_FILE = "compression_plan.json"
 TENSORS_FILE = "compression_plan.safetensors"
-MOST_UNITS = 1_000_000  # no layer is that wide; a hostile plan is
-
-
-class CompressionError(ValueError):
-    """A refusal: what was got, what is allowed, what to do. Raised before anything has changed."""
-
-
-def _name(value: Any, where: str) -> str:
-    if not isinstance(value, str) or not value:
-        raise CompressionError(f"{where} must be a module name as `discover` prints it, got {value!r}.")
-    return value
-
-
-def _indices(values: Any, where: str) -> tuple[int, ...]:
-    """Sorted unique indices >= 0. Order has no meaning in what is kept, so two plans that keep the same compare equal."""
-    if isinstance(values, str | bytes) or not isinstance(values, Iterable) or getattr(values, "ndim", 1) != 1:
-        raise CompressionError(f"{where} must be a sequence of indices of what stays, got {values!r}.")
-    indices = []
-    for value in values:
-        try:
-            if isinstance(value, bool) or str(getattr(value, "dtype", "")).endswith("bool"):
-                raise TypeError
-            indices.append(operator.index(value))
-        except TypeError:
-            raise CompressionError(f"{where} must hold whole numbers, got {value!r}.") from None
-    if not indices:
-        raise CompressionError(f"{where} is empty: at least one must stay. To remove a whole layer, use KeepLayers.")
-    if len(set(indices)) != len(indices):
-        twice = sorted(index for index, count in Counter(indices).items() if count > 1)[:8]
-        raise CompressionError(f"{where} names {twice} more than once; name each index that stays once.")
-    if min(indices) < 0:
-        raise CompressionError(f"{where} holds {min(indices)}; indices count from 0.")
-    return tuple(sorted(indices))
-
-
-@dataclass(frozen=True)
-class KeepHeads:
-    """Keep these query heads of one attention; the others, with their rows and columns, go.
-
-    Args:
-        attention (`str`): the attention's name, as `discover` gives it.
-        heads (`Sequence[int]`): indices of the query heads that stay: whole key/value groups, or the same number of
-            query heads in every group that stays.
-
-    Raises:
-        CompressionError: an index is negative, named twice or not a whole number, or none is left.
-
-    Example:
-
-    ```python
-    >>> from hf_compress import KeepHeads
-    >>> KeepHeads("encoder.layer.0.attention.self", [3, 0])
-    KeepHeads(attention='encoder.layer.0.attention.self', heads=(0, 3))
-
-    ```
-    """
-
-    attention: str
-    heads: tuple[int, ...]
-
-    def __post_init__(self) -> None:
-        _name(self.attention, "KeepHeads.attention")
-        object.__setattr__(self, "heads", _indices(self.heads, f"KeepHeads({self.attention!r}).heads"))
-
-
-@dataclass(frozen=True)
-class KeepNeurons:
-    """Keep these intermediate neurons of one feed-forward block.
-
-    Args:
-        ffn (`str`): the block's name, as `discover` gives it.
-        neurons (`Sequence[int]`): indices of the neurons that stay.
-
-    Raises:
-        CompressionError: an index is negative, named twice or not a whole number, or none is left.
-
-    Example:
-
-    ```python
-    >>> from hf_compress import KeepNeurons
-    >>> KeepNeurons("encoder.layer.0", range(3))
-    KeepNeurons(ffn='encoder.layer.0', neurons=(0, 1, 2))
-
-    ```
-    """
-
-    ffn: str
-    neurons: tuple[int, ...]
-
-    def __post_init__(self) -> None:
-        _name(self.ffn, "KeepNeurons.ffn")
-        object.__setattr__(self, "neurons", _indices(self.neurons, f"KeepNeurons({self.ffn!r}).neurons"))
-
-
-@dataclass(frozen=True)
-class KeepLayers:
-    """Keep these layers of one stack; indices that layers carry (caches, layer types) are put right.
-
-    Args:
-        layers (`Sequence[int]`): indices of the layers that stay.
-        stack (`str`, *optional*): which stack, where a model has several: `"encoder"`, `"decoder"`, or whatever
-            `discover` prints. Leaving it out is refused there.
-
-    Raises:
-        CompressionError: an index is negative, named twice or not a whole number, or none is left.
-
-    Example:
-
-    ```python
-    >>> from hf_compress import KeepLayers
-    >>> KeepLayers([0, 2, 4])
-    KeepLayers(layers=(0, 2, 4), stack=None)
-
-    ```
-    """
-
-    layers: tuple[int, ...]
-    stack: str | None = None
-
-    def __post_init__(self) -> None:
-        if self.stack is not None:
-            _name(self.stack, "KeepLayers.stack")
-        object.__setattr__(self, "layers", _indices(self.layers, "KeepLayers.layers"))
-
-
-Edit = KeepHeads | KeepNeurons | KeepLayers
-EDITS: dict[str, type] = {"KeepHeads": KeepHeads, "KeepNeurons": KeepNeurons, "KeepLayers": KeepLayers}
-
-
-def spans_of(indices: tuple[int, ...]) -> str:
-    """`(0, 1, 2, 5)` -> `"0-2 5"`."""
-    parts, start = [], 0
-    for i in range(1, len(indices) + 1):
-        if i == len(indices) or indices[i] != indices[i - 1] + 1:
-            first, last = indices[start], indices[i - 1]
-            parts.append(str(first) if first == last else f"{first}-{last}")
-            start = i
-    return " ".join(parts)
-
-
-def from_spans(text: str) -> list[int]:
-    """The inverse of `spans_of`."""
-    indices: list[int] = []
-    for part in text.split():
-        first, dash, last = part.partition("-")
-        if (
-            dash
-            and not last
-            or not first.isdecimal()
-            or not (last or first).isdecimal()
-            or int(last or first) - int(first) > MOST_UNITS
-        ):
-            raise CompressionError(f"{part!r} is no span of indices such as '3' or '0-7'.")
-        indices.extend(range(int(first), int(last or first) + 1))
-        if len(indices) > MOST_UNITS:
-            raise CompressionError(f"More than {MOST_UNITS:,} indices in one edit; no layer is that wide.")
-    return indices
 
 
 def _shortened(text: str) -> str:
@@ -189,7 +32,7 @@ class Plan:
     Names and indices of an edit refer to the model as the edits before it left it, so plans concatenate with `+`.
 
     Args:
-        edits (`Sequence`): `KeepHeads`, `KeepNeurons` and `KeepLayers`, in the order in which they apply.
+        edits (`Sequence`): edits (`KeepHeads`, `LowRank`, `Quantize`, ...), in the order in which they apply.
         tensors (`dict[str, torch.Tensor]`, *optional*): weights that belong to the edits. They are saved beside the
             JSON as safetensors, with their digest in it; a plan whose tensors are missing or changed is refused.
 
@@ -272,18 +115,13 @@ class Plan:
         return f"Plan({list(self.edits)!r}{tensors})"
 
     def __str__(self) -> str:
-        rows = []
-        for edit in self.edits:
-            target, kept = (getattr(edit, f.name) for f in fields(edit))
-            if isinstance(edit, KeepLayers):
-                target, kept = edit.stack or "the stack", edit.layers
-            rows.append((type(edit).__name__, target, f"keep {len(kept)}: {_shortened(spans_of(kept))}"))
-        width = max((len(target) for _, target, _ in rows), default=0)
+        rows = [(type(edit).__name__, *_row(edit)) for edit in self.edits]
+        names, width = (max((len(row[i]) for row in rows), default=0) for i in (0, 1))
         head = f"Plan with {len(rows)} edit{'s' * (len(rows) != 1)}"
         if self.tensors:
             size = sum(t.numel() * t.element_size() for t in self.tensors.values())
             head += f" and {len(self.tensors)} tensors ({size / 1e6:.1f} MB)"
-        return "\n".join([head, *(f"  {name:<12} {target:<{width}}  {kept}" for name, target, kept in rows)])
+        return "\n".join([head, *(f"  {name:<{max(names, 12)}} {target:<{width}}  {what}" for name, target, what in rows)])
 
     def to_dict(self, spans: bool = False) -> dict[str, Any]:
         """A JSON-ready dict; of the tensors, only a digest. `Plan.from_dict` is its inverse.
@@ -369,12 +207,30 @@ class Plan:
         return cls.from_dict(data, tensors)
 
 
+def _row(edit: Edit) -> tuple[str, str]:
+    """(what is edited, how), for people."""
+    first, *others = ((field, getattr(edit, field.name)) for field in fields(edit))
+    if isinstance(first[1], tuple):  # KeepLayers, AddExits
+        target = getattr(edit, "stack", None) or "the stack"
+        kept, others = first[1], [pair for pair in others if pair[0].name != "stack"]
+    else:
+        target, kept = first[1], others.pop(0)[1] if isinstance(others[0][1], tuple) else None
+    words = [f"{field.name}={value!r}" for field, value in others if field.default is MISSING or value != field.default]
+    if not words and kept is None and others:
+        words = [f"{others[0][0].name}={others[0][1]!r}"]
+    if kept is not None:
+        verb = "after" if type(edit).__name__ == "AddExits" else f"keep {len(kept)}:"
+        words.insert(0, f"{verb} {_shortened(spans_of(kept))}")
+    return target, ", ".join(words)
+
+
 def edit_to_dict(edit: Edit, spans: bool = False) -> dict[str, Any]:
     data: dict[str, Any] = {"edit": type(edit).__name__}
     for field in fields(edit):
         value = getattr(edit, field.name)
         if isinstance(value, tuple):
-            value = spans_of(value) if spans else list(value)
+            indices = all(type(v) is int for v in value)
+            value = spans_of(value) if spans and indices else list(value)  # type: ignore[arg-type]
         data[field.name] = value
     return data
 
@@ -386,9 +242,10 @@ def edit_from_dict(data: Any) -> Edit:
         raise CompressionError(f"Not an edit: {str(data)[:80]!r}. Known edits: {', '.join(EDITS)}.")
     values = {name: value for name, value in data.items() if name != "edit"}
     names = {field.name for field in fields(kind)}
-    if values.keys() != names:
-        raise CompressionError(f"{data['edit']} takes {sorted(names)}, got {sorted(values)}.")
-    for name in ("heads", "neurons", "layers"):
+    needed = {field.name for field in fields(kind) if field.default is MISSING}
+    if not needed <= values.keys() <= names:
+        raise CompressionError(f"{data['edit']} takes {sorted(names)}, got {sorted(map(str, values))}.")
+    for name in ("heads", "neurons", "layers", "after"):
         if isinstance(values.get(name), str):
             values[name] = from_spans(values[name])
     return kind(**values)

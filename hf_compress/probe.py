@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from .plan import CompressionError
+from .edits import CompressionError
 
 # never compared: their shape follows the heads, or they are only there for the next call
 NOT_COMPARED = ("attentions", "past_key_values", "loss", "cross_attentions", "hidden_states")

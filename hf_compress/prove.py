@@ -13,8 +13,8 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from .cutting import Cut, Variant, cut_, variants
+from .edits import CompressionError
 from .modules import gate_, ungate_
-from .plan import CompressionError
 from .probe import difference, map_tensors, tensors_in, tolerance
 
 

@@ -10,11 +10,12 @@ from transformers import PreTrainedModel
 
 from .cutting import Undo
 from .discover import discover
+from .edits import CompressionError
 from .layout import gates_of, layers_differ, merge, skeleton, stock_numbers, unrecorded
 from .loader import HfCompressConfig, compression_of
 from .masking import masks_in
 from .modules import LockedLinear
-from .plan import CompressionError, Plan
+from .plan import Plan
 from .stacks import config_parts
 
 

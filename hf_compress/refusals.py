@@ -6,9 +6,23 @@ from torch import nn
 from torch.nn.utils import parametrize, prune
 
 from .cutting import Cut, is_plain_linear
+from .edits import CompressionError
 from .masking import skip_layer
 from .modules import is_gated
-from .plan import CompressionError
+
+
+def check_weights(name: str, module: nn.Module) -> None:
+    """Refuse a module whose weight is computed from something else."""
+    if parametrize.is_parametrized(module):
+        raise CompressionError(
+            f"{name!r} is parametrized; its weight is computed and cannot be changed. Make it permanent first: "
+            "torch.nn.utils.parametrize.remove_parametrizations(module, 'weight')."
+        )
+    if any(isinstance(h, prune.BasePruningMethod) for h in module._forward_pre_hooks.values()):
+        raise CompressionError(
+            f"{name!r} is masked by torch.nn.utils.prune; make that permanent first: "
+            "torch.nn.utils.prune.remove(module, 'weight')."
+        )
 
 
 def check_modules(model: nn.Module, cuts: list[Cut]) -> None:
@@ -16,16 +30,7 @@ def check_modules(model: nn.Module, cuts: list[Cut]) -> None:
     for cut in cuts:
         for part in cut.block.parts:
             module = model.get_submodule(part.module)
-            if parametrize.is_parametrized(module):
-                raise CompressionError(
-                    f"{part.module!r} is parametrized; its weight is computed and cannot be cut. Make it permanent first: "
-                    "torch.nn.utils.parametrize.remove_parametrizations(module, 'weight')."
-                )
-            if any(isinstance(h, prune.BasePruningMethod) for h in module._forward_pre_hooks.values()):
-                raise CompressionError(
-                    f"{part.module!r} is masked by torch.nn.utils.prune; make that permanent first: "
-                    "torch.nn.utils.prune.remove(module, 'weight')."
-                )
+            check_weights(part.module, module)
             if part.parameter is None and not is_plain_linear(module):
                 raise CompressionError(
                     f"{part.module!r} is a {type(module).__module__}.{type(module).__name__}, not a plain Linear, so its "

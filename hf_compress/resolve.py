@@ -8,7 +8,8 @@ from torch import nn
 
 from .cutting import Cut
 from .discover import Attention, Structure, discover, nearest
-from .plan import CompressionError, KeepHeads, KeepLayers, KeepNeurons, Plan
+from .edits import CompressionError, KeepHeads, KeepLayers, KeepNeurons
+from .plan import Plan
 
 
 @dataclass
@@ -87,6 +88,11 @@ def resolve(model: nn.Module, plan: Plan) -> Resolved:
             now = result.layers.get(path, tuple(range(sum(x.path == path for x in result.structure.layers))))
             _in_range(edit.layers, len(now), f"KeepLayers(stack={edit.stack!r})", "layers")
             result.layers[path] = tuple(now[i] for i in edit.layers)
+        else:
+            raise CompressionError(
+                f"{type(edit).__name__} cannot be masked: a mask shows what heads, neurons and layers do. Try it on a copy of "
+                "the model: apply_(copy.deepcopy(model), plan)."
+            )
     return result
 
 

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from .edits import CompressionError
 from .layout import replay_
 from .loader import compression_of
-from .plan import CompressionError
 
 
 def restore_weights(model: PreTrainedModel, checkpoint: str | os.PathLike) -> None:

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from itertools import groupby
 from typing import Any
 
 import torch
 from torch import nn
 
 from .cutting import Undo, Variant, cut_
+from .edits import CompressionError, KeepHeads
 from .layout import joined, renamed
 from .masking import Mask
-from .plan import CompressionError, Plan
+from .plan import Plan
 from .probe import difference, owners_in, probing, tensors_in, tolerance
 from .prove import prove
 from .record import stamp_
 from .refusals import check_adapters, check_masks, check_modules, check_sharing
 from .resolve import Resolved, resolve
 from .stacks import config_numbers, remove_layers_
+from .substitute import Substitution, names_given, substitute_
 
 
 def mask_(model: nn.Module, plan: Plan) -> Mask:
@@ -103,15 +106,56 @@ def apply_(model: nn.Module, plan: Plan, *, inputs: Mapping[str, Any] | None = N
     ```
     """
     outer, model = model, _unwrapped(model)
+    _check_tensors(plan)
+    undo: Undo = []
+    try:
+        for step in _steps(plan):
+            if isinstance(step.edits[0], Substitution):
+                _substitute(model, step, inputs, undo)
+            else:
+                _cut(model, step, inputs, undo)
+    except BaseException:
+        while undo:
+            undo.pop()()
+        raise
+    return outer
+
+
+def _steps(plan: Plan) -> list[Plan]:
+    """The plan in parts that are proved and made together: runs of cuts, runs of edits of one other kind."""
+    if not isinstance(plan, Plan):
+        raise CompressionError(f"Expected a Plan, got {type(plan).__name__}. Plan([KeepHeads(...), ...]) makes one.")
+
+    def kind(edit: Any) -> type:
+        return type(edit) if isinstance(edit, Substitution) else KeepHeads
+
+    return [Plan(run, plan.tensors) for _, run in groupby(plan.edits, kind)]
+
+
+def _check_tensors(plan: Plan) -> None:
+    used = {name for edit in plan.edits for name in names_given(edit)} if isinstance(plan, Plan) else set()
+    extra = sorted((plan.tensors or {}).keys() - used) if isinstance(plan, Plan) else []
+    if extra:
+        raise CompressionError(
+            f"The plan carries tensors that none of its edits uses ({', '.join(extra[:4])}{', ...' * (len(extra) > 4)}): "
+            "edits were taken out of it, or it was made by a later hf_compress."
+        )
+
+
+def _substitute(model: nn.Module, plan: Plan, inputs: Mapping[str, Any] | None, undo: Undo) -> None:
+    check_adapters(model)
+    edits: Any = plan.edits
+    record = substitute_(model, edits, plan.tensors, inputs, undo)
+    for name, owner in owners_in(model):
+        if any(not name or touched.startswith(f"{name}.") for touched in record):
+            stamp_(owner, name, Plan(edits), record, {}, {}, undo)
+
+
+def _cut(model: nn.Module, plan: Plan, inputs: Mapping[str, Any] | None, undo: Undo) -> None:
     resolved = resolve(model, plan)
     cuts, removed = resolved.cuts, resolved.removed
-    if plan.tensors:
-        raise CompressionError(
-            f"The plan carries tensors ({', '.join(sorted(plan.tensors))}), but none of its edits uses any; "
-            "it was made by a later hf_compress."
-        )
     if not cuts and not removed:
-        return outer
+        return
     check_adapters(model)
     check_modules(model, cuts)
     check_masks(model, cuts)
@@ -119,23 +163,16 @@ def apply_(model: nn.Module, plan: Plan, *, inputs: Mapping[str, Any] | None = N
     touched = [cut.block.name for cut in cuts] + list(removed)
     owners = [(n, o) for n, o in owners_in(model) if not n or any(t.startswith(f"{n}.") for t in touched)]
     numbers = {name: config_numbers(owner) for name, owner in owners}
-    undo: Undo = []
-    try:
-        proved = _prove_all(model, resolved, inputs)
-        with torch.inference_mode(False), torch.no_grad():
-            record: dict[str, Any] = {}
-            for cut in cuts:
-                for name, entry in cut_(model.get_submodule, cut, proved[cut.block.name], undo).items():
-                    record[renamed(name, removed) or name] = joined(record.get(renamed(name, removed) or name), entry)
-            for name, entry in remove_layers_(model, removed, undo).items():
-                record[name] = joined(record.get(name), entry)
-        for name, owner in owners:
-            stamp_(owner, name, plan, record, removed, numbers[name], undo)
-    except BaseException:
-        while undo:
-            undo.pop()()
-        raise
-    return outer
+    proved = _prove_all(model, resolved, inputs)
+    with torch.inference_mode(False), torch.no_grad():
+        record: dict[str, Any] = {}
+        for cut in cuts:
+            for name, entry in cut_(model.get_submodule, cut, proved[cut.block.name], undo).items():
+                record[renamed(name, removed) or name] = joined(record.get(renamed(name, removed) or name), entry)
+        for name, entry in remove_layers_(model, removed, undo).items():
+            record[name] = joined(record.get(name), entry)
+    for name, owner in owners:
+        stamp_(owner, name, Plan(plan.edits), record, removed, numbers[name], undo)
 
 
 def prove_plan(model: nn.Module, plan: Plan, inputs: Mapping[str, Any] | None = None) -> dict[str, str]:

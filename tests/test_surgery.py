@@ -317,5 +317,5 @@ def test_a_block_that_the_inputs_do_not_reach_is_refused():
 def test_plans_with_tensors_that_nothing_uses_are_refused():
     model, _ = build("bert")
     plan = hc.Plan([hc.KeepNeurons("bert.encoder.layer.0", range(9))], {"w": torch.zeros(1)})
-    with pytest.raises(hc.CompressionError, match="none of its edits uses any"):
+    with pytest.raises(hc.CompressionError, match="none of its edits uses"):
         hc.apply_(model, plan)

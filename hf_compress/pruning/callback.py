@@ -11,8 +11,9 @@ from transformers.trainer_callback import ExportableState
 from transformers.utils import logging
 
 from ..discover import nearest
+from ..edits import CompressionError
 from ..host import calling_trainer, guard, refuse_sharded, restore_what_stock_lost, saved_in, unguard
-from ..plan import CompressionError, Plan
+from ..plan import Plan
 from ..resume import keys_differ, restore_weights
 from .run import PruningRun
 from .schedules import SCHEDULES

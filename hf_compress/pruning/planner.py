@@ -12,7 +12,8 @@ from tqdm.auto import tqdm
 
 from ..cutting import Block
 from ..discover import Structure, discover
-from ..plan import CompressionError, Plan
+from ..edits import CompressionError
+from ..plan import Plan
 from ..surgery import prove_plan
 from .scores import SCORES
 from .select import (

@@ -14,12 +14,13 @@ from transformers import PreTrainedModel, Trainer
 
 from ..cutting import Block
 from ..discover import Attention, Structure, discover
+from ..edits import CompressionError
 from ..host import first_rows
 from ..layout import gates_of
 from ..loader import HfCompressConfig, compression_of
 from ..masking import masks_in
-from ..modules import gate_, is_gated, ungate_, weight_dim
-from ..plan import CompressionError, Plan
+from ..modules import factor, gate_, is_gated, ungate_
+from ..plan import Plan
 from ..probe import NoInputs, owners_in
 from ..surgery import apply_, prove_plan
 from .schedules import SCHEDULES
@@ -77,7 +78,8 @@ class PruningRun:
         """Refuse now what would fail after hours of training."""
         if self.how.needs == "gradient":
             for block in self.blocks:
-                if not self.outs[block.name].weight.requires_grad:
+                out = self.outs[block.name]
+                if not out.get_parameter(factor(out, 1)[0]).requires_grad:
                     raise CompressionError(
                         f"score={self.options['score']!r} reads the gradient of {block.out!r}, which is frozen. Train it, or "
                         "use score='magnitude' or 'activation'."
@@ -154,10 +156,11 @@ class PruningRun:
         for block in self.blocks:
             out = self.outs[block.name]
             if self.how.needs == "gradient":
-                grad = out.weight.grad
-                if grad is None:
+                name, dim = factor(out, 1)
+                weight = out.get_parameter(name)
+                if weight.grad is None:
                     continue
-                columns = (out.weight.float() * grad.float()).sum(1 - weight_dim(out, 1))  # type: ignore[operator]
+                columns = (weight.float() * weight.grad.float()).sum(1 - dim)
                 units = fold(columns, block)
                 now = self.how.reduce(units[None])
             else:

@@ -11,8 +11,9 @@ from transformers.utils import logging
 
 from ..cutting import Block
 from ..discover import Attention, Structure, nearest, owners
-from ..modules import is_gated, weight_dim
-from ..plan import CompressionError, KeepHeads, KeepNeurons, Plan
+from ..edits import CompressionError, KeepHeads, KeepNeurons
+from ..modules import dense_weight, is_gated
+from ..plan import Plan
 from .scores import SCORES
 
 logger = logging.get_logger(__name__)
@@ -105,9 +106,7 @@ def weight_squares(model: nn.Module, block: Block, layouts: Mapping[str, str]) -
         if part.parameter is not None:
             continue
         module = model.get_submodule(part.module)
-        weight = module.weight
-        assert isinstance(weight, torch.Tensor)
-        squares = weight.detach().float().square().sum(1 - weight_dim(module, part.dim)).cpu()
+        squares = dense_weight(module).detach().float().square().sum(1 - part.dim).cpu()
         owner = owners(layouts.get(part.module, part.layouts[0]), block)
         per_owner = torch.zeros(units if belongs is None else len(belongs)).index_add_(0, owner, squares)
         total += per_owner if belongs is None else per_owner @ belongs

@@ -1,0 +1,363 @@
+"""Plans that change what modules are: low-rank, depthwise separable, quantized. The model is looked at, never changed."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+from transformers.pytorch_utils import Conv1D
+from transformers.utils import logging
+
+from .discover import discover
+from .edits import CompressionError, DepthwiseSeparable, LowRank, Quantize
+from .fits import best_rank
+from .kinds import SEPARABLE, largest_rank, not_separable
+from .modules import LockedLinear, LowRankLinear, dense_weight, is_gated, width
+from .plan import Plan
+from .probe import probing, quiet_run
+
+logger = logging.get_logger(__name__)
+
+# what stays in full precision unless asked for: the heads that make a model's outputs, by the names that models give them
+HEADS = (
+    r"(^|\.)(classifier|classification_head|pre_classifier|score|lm_head|embed_out|qa_outputs|cls|head|heads|\w+_head|\w+_projector"
+    r"|exit_heads)(\.|$)"
+)
+GRAM_BYTES = 2 << 30  # Gram matrices that are held at a time; more modules take more passes over the batches
+
+
+def plan_low_rank(
+    model: nn.Module,
+    batches: Iterable[Mapping[str, Any]] | None = None,
+    *,
+    ratio: float | None = None,
+    rank: int | None = None,
+    modules: str | None = None,
+) -> Plan:
+    r"""A plan that replaces Linear layers by two thinner ones.
+
+    Without batches, by the truncated SVD of each weight, made when the plan is applied. With batches, by the factors
+    that lose least of the layer's *outputs* on them: W is whitened by the Gram matrix of the layer's inputs before the
+    SVD (SVD-LLM, Wang et al. 2024; formula in `fits.best_rank`); those factors travel in the plan's tensors. Both heal in
+    any Trainer.
+
+    Args:
+        model (`nn.Module`): a transformers model.
+        batches (`Iterable[dict]`, *optional*): calibration batches, as for `model(**batch)`; a few hundred rows are
+            enough. Rows that an `attention_mask` hides are left out.
+        ratio (`float`, *optional*): the fraction of each module's weights that *stays*, in (0, 1):
+            rank = ratio * in * out / (in + out), at least 1.
+        rank (`int`, *optional*): the same rank for all modules. Exactly one of `ratio` and `rank`.
+        modules (`str`, *optional*): a regular expression that is searched in module names. By default every Linear (and
+            Conv1D) in the layers that `discover` finds: no heads, no poolers.
+
+    Returns:
+        `Plan`: one `LowRank` per module, with its factors if batches were given.
+
+    Raises:
+        CompressionError: not exactly one of `ratio` and `rank`, a rank at which the factors would be larger than the weight,
+            nothing that matches, batches that never reach a module.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from transformers import BertConfig, BertModel
+    >>> from hf_compress import apply_, plan_low_rank
+    >>> model = BertModel(BertConfig(
+    ...     vocab_size=99, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64,
+    ... ))
+    >>> plan = plan_low_rank(model, [{"input_ids": torch.arange(5, 29).view(4, 6)}], ratio=0.5, modules="intermediate")
+    >>> print(plan)
+    Plan with 1 edit and 2 tensors (0.0 MB)
+      LowRank      encoder.layer.0.intermediate.dense  rank=10, given=True
+    >>> apply_(model, plan).encoder.layer[0].intermediate.dense
+    LowRankLinear(in_features=32, out_features=64, bias=True, rank=10)
+
+    ```
+    """
+    if (ratio is None) == (rank is None):
+        raise CompressionError(f"Give exactly one of ratio and rank, got ratio={ratio!r} and rank={rank!r}.")
+    if ratio is not None and (isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 < ratio < 1):
+        raise CompressionError(f"ratio is the fraction of a module's weights that stays, in (0, 1), got {ratio!r}.")
+    model = _loaded(model)
+    layers = tuple(f"{layer.name}." for layer in discover(model).layers)
+    found = {
+        name: module
+        for name, module in model.named_modules()
+        if type(module) in (nn.Linear, Conv1D, LockedLinear)
+        and not _shared(model, module)
+        and (re.search(_pattern(modules, "modules"), name) if modules is not None else name.startswith(layers) or not layers)
+    }
+    if not found:
+        raise CompressionError(_nothing(model, modules, "Linear or Conv1D that could be made low-rank"))
+    edits = []
+    for name, module in found.items():
+        out, inner = width(module, 0), width(module, 1)
+        chosen = rank if ratio is None else max(1, int(ratio * out * inner / (out + inner)))
+        most = largest_rank(out, inner)
+        if type(chosen) is int and chosen > most:
+            raise CompressionError(
+                f"rank={chosen} is too high for {name!r} ({out} x {inner}): above {most} the factors are larger than the "
+                "weight. Lower it, or choose the modules with modules=..."
+            )
+        edits.append(LowRank(name, chosen, given=batches is not None))  # type: ignore[arg-type]
+    if batches is None:
+        return Plan(edits)
+    tensors: dict[str, torch.Tensor] = {}
+    for edit, gram in _grams(model, found, edits, batches):
+        outer, inner = best_rank(dense_weight(found[edit.module]).detach(), edit.rank, gram)
+        tensors[f"{edit.module}.weight"], tensors[f"{edit.module}.weight_in"] = outer.cpu(), inner.cpu()
+    return Plan(edits, tensors)
+
+
+def plan_depthwise(model: nn.Module, *, modules: str | None = None, multiplier: int = 1) -> Plan:
+    """A plan that replaces convolutions by depthwise separable ones, started from their weights.
+
+    Args:
+        model (`nn.Module`): a transformers model with convolutions (`Conv1d`, `Conv2d`) whose kernel is over one position.
+        modules (`str`, *optional*): a regular expression that is searched in module names. By default every convolution
+            that gets smaller, but no stem: none that reads four channels or fewer, or that cuts the input into patches.
+        multiplier (`int`, defaults to 1): kernels per input channel; each more fits better and costs more.
+
+    Returns:
+        `Plan`: one `DepthwiseSeparable` per convolution.
+
+    Raises:
+        CompressionError: nothing can be replaced, with the reason.
+
+    Example:
+
+    ```python
+    >>> from transformers import ResNetConfig, ResNetModel
+    >>> from hf_compress import plan_depthwise
+    >>> config = ResNetConfig(embedding_size=16, hidden_sizes=[16, 32], depths=[1, 1], layer_type="basic")
+    >>> print(plan_depthwise(ResNetModel(config), modules="stages.0"))
+    Plan with 2 edits
+      DepthwiseSeparable encoder.stages.0.layers.0.layer.0.convolution  multiplier=1
+      DepthwiseSeparable encoder.stages.0.layers.0.layer.1.convolution  multiplier=1
+
+    ```
+    """
+    model = _loaded(model)
+    reasons: dict[str, str] = {}
+    edits = []
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Conv1d | nn.Conv2d):
+            continue
+        if modules is None:
+            stem = module.in_channels <= 4 or tuple(module.kernel_size) == tuple(module.stride)
+            if stem or type(module) not in SEPARABLE:
+                continue
+        elif not re.search(_pattern(modules, "modules"), name):
+            continue
+        edit = DepthwiseSeparable(name, multiplier)
+        reason = not_separable(module, multiplier)
+        if reason is None:
+            edits.append(edit)
+        else:
+            reasons[name] = reason
+    if not edits and reasons:
+        name, reason = next(iter(reasons.items()))
+        raise CompressionError(f"None of {len(reasons)} convolutions can be made depthwise separable; {name!r}: {reason}.")
+    if not edits:
+        raise CompressionError(_nothing(model, modules, "convolution that could be made depthwise separable"))
+    return Plan(edits)
+
+
+def plan_quantization(
+    model: nn.Module,
+    *,
+    bits: int,
+    embeddings: bool = True,
+    skip: str | None = HEADS,
+    group_size: int | None = None,
+    activations: str | None = None,
+    decode: str = "load",
+    inputs: Mapping[str, Any] | None = None,
+) -> Plan:
+    """A plan that stores every Linear, Conv1D and (by default) Embedding of a model in few bits. See `Quantize`.
+
+    One forward pass finds the modules that run: a weight that something else reads than its own module cannot be stored
+    otherwise. An output head that is tied to the embedding stays tied: both hold the same integers.
+
+    Args:
+        model (`nn.Module`): a transformers model.
+        bits (`int`): 8 (integer arithmetic for Linear layers), or 4, 3, 2 (weights alone, in groups).
+        embeddings (`bool`, defaults to `True`): embeddings too; they are half of a small encoder.
+        skip (`str`, *optional*): a regular expression that is searched in module names: what stays in full precision. By
+            default the output heads (`planners.HEADS`), where rounding costs most. `None` skips nothing.
+        group_size (`int`, *optional*): weights that share a scale below 8 bits; 64 if left out.
+        activations (`str`, *optional*): with 8 bits `"token"` (if left out), `"tensor"` or `"none"`.
+        decode (`str`, defaults to `"load"`): below 8 bits, unpack the weights once (`"load"`) or at every use (`"call"`).
+        inputs (`dict`, *optional*): a small batch for that pass, where none can be made from the config.
+
+    Returns:
+        `Plan`: one `Quantize` per module.
+
+    Raises:
+        CompressionError: bits that are not offered, a model that is quantized already, nothing that matches.
+
+    Example:
+
+    ```python
+    >>> from transformers import BertConfig, BertForSequenceClassification
+    >>> from hf_compress import plan_quantization
+    >>> model = BertForSequenceClassification(BertConfig(
+    ...     vocab_size=99, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64,
+    ... ))
+    >>> plan = plan_quantization(model, bits=8)
+    >>> len(plan), plan.edits[0]  # doctest: +ELLIPSIS
+    (10, Quantize(module='bert.embeddings.word_embeddings', bits=8, ...))
+
+    ```
+    """
+    Quantize("any", bits, group_size, activations, decode)  # refuses now what each edit would
+    if not isinstance(embeddings, bool):
+        raise CompressionError(f"embeddings must be True or False, got {embeddings!r}.")
+    model = _loaded(model)
+    _refuse_quantized(model)
+    kinds = (nn.Linear, Conv1D, LockedLinear, LowRankLinear, *((nn.Embedding,) if embeddings else ()))
+    pattern = None if skip is None else _pattern(skip, "skip")
+    ran = _modules_that_run(model, inputs)
+    edits, left, seen = [], [], set()
+    for name, module in model.named_modules():
+        if type(module) not in kinds or id(module.weight) in seen:
+            continue
+        if (pattern and pattern.search(name)) or name not in ran or is_gated(module):
+            left.append(name)
+            continue
+        seen.add(id(module.weight))
+        edits.append(Quantize(name, bits, group_size, activations, decode))
+    if not edits:
+        raise CompressionError(
+            _nothing(model, None, f"{'Linear or Embedding' if embeddings else 'Linear'} outside skip={skip!r}")
+        )
+    tied = {id(model.get_submodule(edit.module).weight) for edit in edits}
+    left = [name for name in left if id(model.get_submodule(name).weight) not in tied]
+    if left:
+        logger.warning(f"Left in full precision: {', '.join(left[:6])}{f' and {len(left) - 6} more' * (len(left) > 6)}.")
+    return Plan(edits)
+
+
+# --- shared ------------------------------------------------------------------------------------------------------
+
+
+def _loaded(model: Any) -> nn.Module:
+    if not isinstance(model, nn.Module):
+        raise CompressionError(f"Expected a model, got {type(model).__name__}.")
+    model = getattr(model, "_orig_mod", model)  # torch.compile
+    if any(p.is_meta for p in model.parameters()):
+        raise CompressionError("The model is on the meta device and has no weights; load it first.")
+    return model
+
+
+def _pattern(text: Any, where: str) -> re.Pattern[str]:
+    try:
+        return re.compile(text)
+    except (re.error, TypeError) as error:
+        raise CompressionError(f"{where} must be a regular expression on module names, got {text!r} ({error}).") from error
+
+
+def _nothing(model: nn.Module, modules: str | None, what: str) -> str:
+    where = "" if modules is None else f" whose name matches {modules!r}"
+    return f"{type(model).__name__} has no {what}{where}; names are those of model.named_modules()."
+
+
+def _shared(model: nn.Module, module: Any) -> bool:
+    return sum(p is module.weight for m in model.modules() for p in m._parameters.values()) > 1
+
+
+def _refuse_quantized(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if "weight_scale" in module._parameters:
+            raise CompressionError(
+                f"{name!r} is quantized already; quantizing twice loses more than once. Start from the float model."
+            )
+
+
+def _modules_that_run(model: nn.Module, inputs: Mapping[str, Any] | None) -> set[str]:
+    ran: set[str] = set()
+    hooks = [m.register_forward_hook(lambda *_, name=n: ran.add(name)) for n, m in model.named_modules()]
+    try:
+        with probing(model, inputs):
+            pass  # it has run once to see whether it can
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return ran
+
+
+def _grams(
+    model: nn.Module, found: Mapping[str, nn.Module], edits: list[LowRank], batches: Iterable[Mapping[str, Any]]
+) -> Iterator[tuple[LowRank, torch.Tensor]]:
+    """The Gram matrix X^T X of the inputs of each module, as many at a time as fit into `GRAM_BYTES`."""
+    batches = list(_checked(batches))
+    pending = list(edits)
+    while pending:
+        chunk, size = [], 0
+        while pending and (not chunk or size + 4 * width(found[pending[0].module], 1) ** 2 <= GRAM_BYTES):
+            size += 4 * width(found[pending[0].module], 1) ** 2
+            chunk.append(pending.pop(0))
+        grams = _measure_grams(model, {edit.module: found[edit.module] for edit in chunk}, batches)
+        for edit in chunk:
+            if edit.module not in grams:
+                raise CompressionError(f"No batch reaches {edit.module!r}; give batches that use it, or choose modules=...")
+            if not bool(torch.isfinite(grams[edit.module]).all()):
+                raise CompressionError(f"The inputs of {edit.module!r} are not finite on these batches.")
+            yield edit, grams[edit.module]
+
+
+def _checked(batches: Iterable[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
+    if isinstance(batches, str | Mapping | torch.Tensor) or not isinstance(batches, Iterable):
+        raise CompressionError(f"batches must be a sequence of dicts, as for model(**batch), got {type(batches).__name__}.")
+    empty = True
+    for batch in batches:
+        if not isinstance(batch, Mapping):
+            raise CompressionError(f"A batch must be a dict, as for model(**batch), got {type(batch).__name__}.")
+        empty = False
+        yield batch
+    if empty:
+        raise CompressionError("batches is empty; a few hundred rows are enough.")
+
+
+def _measure_grams(
+    model: nn.Module, modules: Mapping[str, nn.Module], batches: list[Mapping[str, Any]]
+) -> dict[str, torch.Tensor]:
+    grams: dict[str, torch.Tensor] = {}
+    leader: dict[str, str] = {}  # query, key and value read one tensor: it is multiplied once
+    last: list[Any] = [None, ""]
+    mask: list[torch.Tensor | None] = [None]
+    device = next(model.parameters()).device
+
+    def hook(name: str) -> Callable[..., None]:
+        def before(module: nn.Module, args: Any) -> None:
+            x = args[0]
+            owner = leader.setdefault(name, last[1] if x is last[0] else name)
+            last[:] = [x, owner]
+            if owner != name:
+                return
+            rows = x[mask[0].bool()] if mask[0] is not None and x.shape[:2] == mask[0].shape else x
+            rows = rows.reshape(-1, x.shape[-1]).float()
+            if name in grams:
+                grams[name].addmm_(rows.T, rows)
+            else:
+                grams[name] = rows.T @ rows
+
+        return before
+
+    with quiet_run(model) as run, ExitStack() as stack:
+        for name, module in modules.items():
+            stack.callback(module.register_forward_pre_hook(hook(name)).remove)
+        for batch in tqdm(batches, desc="calibrate", unit="batch", leave=False, disable=None, delay=3):
+            batch = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items() if "label" not in k}
+            found = batch.get("attention_mask")
+            mask[0] = found if isinstance(found, torch.Tensor) and found.ndim == 2 else None
+            run(batch)
+            last[:] = [None, ""]
+    return {name: grams[leader[name]] for name in modules if leader.get(name) in grams}

@@ -1,0 +1,322 @@
+"""Edits that change what a module is: made in place, filled with the best values there are, and proved by running."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from .cutting import Undo
+from .discover import nearest
+from .edits import CompressionError, DepthwiseSeparable, LowRank, Quantize
+from .fits import best_kernels, best_rank, compose_kernels
+from .kinds import low_rank_, not_separable, separable_
+from .modules import LockedLinear, LowRankLinear, dense_weight, is_gated
+from .probe import difference, probing, tensors_in, tolerance
+
+try:
+    from .quantization import dequantized, fake_quantize_rows, is_quantized, quantize_
+except ImportError:  # TEMP
+    is_quantized = lambda m: False
+from .refusals import check_weights
+
+Substitution = LowRank | DepthwiseSeparable | Quantize
+Tensors = Mapping[str, torch.Tensor]
+
+
+def substitute_(
+    model: nn.Module,
+    edits: Sequence[Substitution],
+    tensors: Tensors | None,
+    inputs: Mapping[str, Any] | None,
+    undo: Undo,
+) -> dict[str, dict[str, Any]]:
+    """Change modules as these edits say, and show that the model is then what it should be.
+
+    The proof: the model runs twice on a small batch, once with the new modules and once with the old ones holding the
+    weights that the new ones stand for (U V, the composed kernel, the decoded integers, with activations rounded in
+    the same way). That finds modules whose weights are read by something else than their own forward, which names and
+    classes cannot tell. Int8 outputs may differ by a few roundings; everything else agrees to float precision.
+
+    Returns:
+        what was changed, as `cutting.cut_` records it.
+
+    Raises:
+        CompressionError: a module is not there, cannot be changed so, is changed twice, is not reached by the proof, or
+            the proof fails. `undo` then holds what to take back.
+    """
+    record: dict[str, dict[str, Any]] = {}
+    changed: list[tuple[str, nn.Module, _State, Substitution]] = []
+    with torch.inference_mode(False), torch.no_grad():
+        for edit in edits:
+            name, module = find(model, edit.module)
+            sharers = _sharers(model, name, module)
+            _check(model, name, module, edit, sharers)
+            for other, sharer in [(name, module), *sharers]:
+                before = _State(sharer)
+                undo.append(before.restore)
+                if type(sharer) is LockedLinear:
+                    sharer.__class__ = nn.Linear
+                kinds = [*sharer.__dict__.get("hfc_kinds", [])]
+                if sharer is module or not isinstance(edit, Quantize):
+                    kinds.append(BECOME[type(edit)](sharer, edit, _given(edit, name, sharer, tensors)))
+                else:
+                    kinds.append(_share_quantized(module, sharer, edit))
+                sharer.__dict__["hfc_kinds"] = kinds
+                record[other] = _entry(sharer, kinds)
+                changed.append((other, sharer, before, edit))
+    _prove(model, changed, inputs)
+    return record
+
+
+def find(model: nn.Module, name: str) -> tuple[str, nn.Module]:
+    """A module by its name, with or without the prefix of the base model."""
+    modules = dict(model.named_modules())
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    for option in (name, prefix + name, name.removeprefix(prefix)):
+        if option in modules and option:
+            return option, modules[option]
+    raise CompressionError(
+        f"{type(model).__name__} has no module named {name!r}{nearest(name, [n for n in modules if n])} Names are those of "
+        "model.named_modules(), as the edits before this one left them."
+    )
+
+
+# --- what each edit makes of a module ----------------------------------------------------------------------------
+
+
+def _become_low_rank(module: Any, edit: LowRank, given: dict[str, torch.Tensor] | None) -> list[Any]:
+    dense = dense_weight(module)
+    if given is None:
+        out, inner = best_rank(dense, edit.rank)
+    else:
+        out, inner = given["weight"], given["weight_in"]
+        shapes = (dense.shape[0], edit.rank), (edit.rank, dense.shape[1])
+        if (tuple(out.shape), tuple(inner.shape)) != shapes:
+            raise CompressionError(
+                f"The plan's factors of {edit.module!r} are {tuple(out.shape)} and {tuple(inner.shape)}; here they must be "
+                f"{shapes[0]} and {shapes[1]}. Make the plan on the model as the edits before it leave it: apply those first."
+            )
+    low_rank_(module, edit.rank)
+    module.weight.copy_(out)
+    module.weight_in.copy_(inner)
+    return ["low_rank", {"rank": edit.rank}]
+
+
+def _become_separable(module: Any, edit: DepthwiseSeparable, given: None) -> list[Any]:
+    depth, point = best_kernels(module.weight, module.groups, edit.multiplier)
+    separable_(module, edit.multiplier)
+    module.weight.copy_(point)
+    module.weight_depth.copy_(depth)
+    return ["separable", {"multiplier": edit.multiplier}]
+
+
+def _options(edit: Quantize) -> dict[str, Any]:
+    return {
+        "bits": edit.bits,
+        "group_size": edit.group_size,
+        "activations": None if edit.activations == "none" else edit.activations,
+        "decode": edit.decode,
+    }
+
+
+def _become_quantized(module: Any, edit: Quantize, given: dict[str, torch.Tensor] | None) -> list[Any]:
+    quantize_(module, **_options(edit), given=given)
+    return ["quantized", _options(edit)]
+
+
+def _share_quantized(module: Any, sharer: Any, edit: Quantize) -> list[Any]:
+    """A head that is tied to an embedding stays tied: both hold the same integers, and only its weights are rounded."""
+    options = {**_options(edit), "activations": None}
+    quantize_(sharer, **options)
+    for name, parameter in module._parameters.items():
+        if name != "bias":
+            sharer._parameters[name] = parameter
+    return ["quantized", options]
+
+
+BECOME: dict[type, Callable[..., list[Any]]] = {
+    LowRank: _become_low_rank,
+    DepthwiseSeparable: _become_separable,
+    Quantize: _become_quantized,
+}
+
+
+def _given(edit: Substitution, name: str, module: nn.Module, tensors: Tensors | None) -> dict[str, torch.Tensor] | None:
+    if not getattr(edit, "given", False):
+        return None
+    wanted = names_given(edit)
+    found = {key.rpartition(".")[2]: value for key, value in (tensors or {}).items() if key in wanted}
+    if not found or (isinstance(edit, LowRank) and len(found) < 2):
+        raise CompressionError(
+            f"{type(edit).__name__}({edit.module!r}) was planned with tensors ({', '.join(sorted(wanted))}), which this plan "
+            "does not carry. Use the plan that its planner returned, or Plan.load(folder)."
+        )
+    device = next(module.parameters()).device
+    return {key: value.to(device) for key, value in found.items()}
+
+
+def names_given(edit: Any) -> set[str]:
+    """The tensors of a plan that an edit uses."""
+    if not getattr(edit, "given", False):
+        return set()
+    keys = ("weight", "weight_in") if isinstance(edit, LowRank) else SCALES
+    return {f"{edit.module}.{key}" for key in keys}
+
+
+SCALES = ("weight_scale", "weight_zero", "weight_in_scale", "weight_in_zero")
+
+
+def _entry(module: Any, kinds: list[Any]) -> dict[str, Any]:
+    entry: dict[str, Any] = {
+        "kinds": kinds,
+        "shapes": {key: list(p.shape) for key, p in module._parameters.items() if p is not None},
+    }
+    if isinstance(module, nn.Linear):
+        entry["attributes"] = {"out_features": module.out_features, "in_features": module.in_features}
+    return entry
+
+
+# --- refusals ----------------------------------------------------------------------------------------------------
+
+
+def _check(model: nn.Module, name: str, module: Any, edit: Substitution, sharers: list[tuple[str, nn.Module]]) -> None:
+    what = type(edit).__name__
+    check_weights(name, module)
+    if is_gated(module):
+        raise CompressionError(f"{name!r} is masked; cut it first (apply_ with the plan of the mask), then use {what}.")
+    if is_quantized(module):
+        again = "quantized already" if isinstance(edit, Quantize) else "quantized, and integers have no better approximation"
+        raise CompressionError(f"{name!r} is {again}: {what} must come first, once, or start from the float model.")
+    if isinstance(edit, LowRank):
+        if type(module) is LowRankLinear:
+            raise CompressionError(
+                f"{name!r} is low-rank already (rank {module.rank}); start from the dense model for another."
+            )
+        if type(module) not in (nn.Linear, Conv1D, LockedLinear):
+            raise CompressionError(f"LowRank takes a Linear or Conv1D, and {name!r} is a {_kind(module)}.")
+    elif isinstance(edit, DepthwiseSeparable):
+        reason = not_separable(module, edit.multiplier)
+        if reason:
+            raise CompressionError(f"{name!r} cannot be made depthwise separable: {reason}.")
+    elif type(module) not in (nn.Linear, Conv1D, LockedLinear, LowRankLinear, nn.Embedding):
+        raise CompressionError(f"Quantize takes a Linear, Conv1D or Embedding, and {name!r} is a {_kind(module)}.")
+    if sharers and not (isinstance(edit, Quantize) and {type(m) for _, m in sharers} <= {nn.Linear, nn.Embedding}):
+        raise CompressionError(
+            f"{name!r} shares its weight with {sharers[0][0]!r}; {what} would separate them. Untie them first, or leave it out."
+        )
+
+
+def _kind(module: nn.Module) -> str:
+    return f"{type(module).__module__}.{type(module).__name__}"
+
+
+def _sharers(model: nn.Module, name: str, module: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Other modules that hold the same weight: an output head that is tied to the embedding."""
+    weight = module._parameters.get("weight")
+    return [
+        (n, m)
+        for n, m in model.named_modules()
+        if m is not module and weight is not None and any(p is weight for p in m._parameters.values())
+    ]
+
+
+# --- proof -------------------------------------------------------------------------------------------------------
+
+
+class _State:
+    """Everything that makes a module what it is, to be put back."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module, self.kind, self.parameters = module, type(module), dict(module._parameters)
+        self.values = {key: value for key, value in vars(module).items() if key != "_parameters"}
+
+    def restore(self) -> None:
+        parameters = self.module._parameters
+        self.module.__class__ = self.kind
+        self.module.__dict__.clear()
+        self.module.__dict__.update(self.values, _parameters=parameters)
+        parameters.clear()
+        parameters.update(self.parameters)
+
+
+def effective(module: Any, before: _State) -> dict[str, nn.Parameter | None]:
+    """The parameters under which the module that was there computes what the new one does."""
+    if is_quantized(module):
+        found = dequantized(module)
+        if before.kind is Conv1D:
+            found = {**found, "weight": found["weight"].T}
+    elif isinstance(module, LowRankLinear):
+        weight = dense_weight(module)
+        found = {"weight": weight.T if before.kind is Conv1D else weight}
+    else:
+        found = {"weight": compose_kernels(module.weight_depth, module.weight, module.groups, module.multiplier)}
+    return {**before.parameters, **{k: nn.Parameter(v.contiguous(), requires_grad=False) for k, v in found.items()}}
+
+
+@contextmanager
+def _in_the_old_form(changed: list[tuple[str, nn.Module, _State, Substitution]]) -> Iterator[None]:
+    states = [_State(module) for _, module, _, _ in changed]
+    hooks = []
+    try:
+        for (_, module, before, _), after in zip(changed, states, strict=True):
+            parameters = effective(module, before)
+            rounds = after.parameters["weight"] is not None and module.__dict__["hfc_kinds"][-1][1].get("activations")
+            before.restore()
+            module._parameters.update(parameters)
+            if rounds:
+                hooks.append(module.register_forward_pre_hook(_rounded(rounds)))
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for after in states:
+            after.restore()
+
+
+def _rounded(how: str) -> Callable[..., Any]:
+    def hook(module: nn.Module, args: Any) -> Any:
+        return (fake_quantize_rows(args[0], how), *args[1:])
+
+    return hook
+
+
+def _prove(
+    model: nn.Module, changed: list[tuple[str, nn.Module, _State, Substitution]], inputs: Mapping[str, Any] | None
+) -> None:
+    ran: set[str] = set()
+    integers = any(module.__dict__["hfc_kinds"][-1][1].get("activations") for _, module, _, _ in changed)
+    hooks = [m.register_forward_hook(lambda *_, name=name: ran.add(name)) for name, m, _, _ in changed]
+    try:
+        with probing(model, inputs) as run:
+            try:
+                got = tensors_in(run())
+            except Exception as error:
+                raise CompressionError(
+                    f"Nothing was changed: with {changed[0][0]!r} (of {len(changed)} modules) replaced, {type(model).__name__} "
+                    f"fails with {type(error).__name__}: {error}. Something else than its forward reads its weight; leave it out."
+                ) from error
+            with _in_the_old_form(changed):
+                expected = tensors_in(run())
+    finally:
+        for hook in hooks:
+            hook.remove()
+    idle = [name for name, *_ in changed if name not in ran]
+    if idle:
+        raise CompressionError(
+            f"Nothing was changed: {idle[0]!r} did not run on the proof's inputs, so its replacement cannot be proved. Pass "
+            "inputs=... with a batch that uses it, or leave it out of the plan."
+        )
+    for (where, a), (_, b) in zip(expected, got, strict=True):
+        allowed = max(tolerance(a.dtype), 5e-2 if integers else 0.0)
+        worst = difference(a, b)
+        if worst > allowed:
+            raise CompressionError(
+                f"Nothing was changed: with {changed[0][0]!r} (of {len(changed)} modules) replaced, "
+                f"{where or 'the output'} is off by {worst:.1e} of its largest value, more than {allowed:.0e}. Its weight is "
+                "read by something else than its forward; leave it out of the plan."
+            )
