@@ -2,20 +2,30 @@
 
 from . import loader as _loader  # noqa: F401  registers the loader with transformers
 from .discover import Structure, discover
-from .edits import CompressionError, DepthwiseSeparable, KeepHeads, KeepLayers, KeepNeurons, LowRank, Quantize
+from .distillation import DistillationArguments, DistillationMixin, DistillationTrainer, init_student
+from .edits import AddExits, CompressionError, DepthwiseSeparable, KeepHeads, KeepLayers, KeepNeurons, LowRank, Quantize
+from .exits import exit_layers, set_exits_
+from .exits.callback import EarlyExitCallback
+from .exits.tune import tune_exits_
 from .masking import Mask
 from .measure import Report, measure
 from .plan import Plan
 from .planners import plan_depthwise, plan_low_rank, plan_quantization
 from .pruning import plan_pruning
 from .pruning.callback import PruningCallback
+from .quantization.callback import QuantizationCallback
 from .surgery import apply_, mask_
 from .trainer import CompressionTrainer
 
 __all__ = [
+    "AddExits",
     "CompressionError",
     "CompressionTrainer",
     "DepthwiseSeparable",
+    "DistillationArguments",
+    "DistillationMixin",
+    "DistillationTrainer",
+    "EarlyExitCallback",
     "KeepHeads",
     "KeepLayers",
     "KeepNeurons",
@@ -23,17 +33,22 @@ __all__ = [
     "Mask",
     "Plan",
     "PruningCallback",
+    "QuantizationCallback",
     "Quantize",
     "Report",
     "Structure",
     "apply_",
     "discover",
+    "exit_layers",
+    "init_student",
     "mask_",
     "measure",
     "plan_depthwise",
     "plan_low_rank",
     "plan_pruning",
     "plan_quantization",
+    "set_exits_",
+    "tune_exits_",
 ]
 
 __version__ = "0.1.0"

@@ -35,7 +35,7 @@ def _indices(values: Any, where: str) -> tuple[int, ...]:
         except TypeError:
             raise CompressionError(f"{where} must hold whole numbers, got {value!r}.") from None
     if not indices:
-        raise CompressionError(f"{where} is empty: at least one must stay. To remove a whole layer, use KeepLayers.")
+        raise CompressionError(f"{where} is empty: name at least one. (To remove a whole layer, use KeepLayers.)")
     if len(set(indices)) != len(indices):
         twice = sorted(index for index, count in Counter(indices).items() if count > 1)[:8]
         raise CompressionError(f"{where} names {twice} more than once; name each index that stays once.")
@@ -273,9 +273,53 @@ class Quantize:
         _choice(self.given, (False, True), f"{where}.given")
 
 
-Edit = KeepHeads | KeepNeurons | KeepLayers | LowRank | DepthwiseSeparable | Quantize
+@dataclass(frozen=True)
+class AddExits:
+    """Put classifier heads after some layers of a classifier; rows that one is sure of leave the batch there.
+
+    Args:
+        after (`Sequence[int]`): layers that an exit sits after, from 0; not the last one, which has the model's own head.
+        criterion (`str`, defaults to `"confidence"`): `"confidence"` (largest probability), `"entropy"` (DeeBERT, Xin et al.
+            2020) or `"patience"` (PABEE, Zhou et al. 2020); see `hf_compress.exits.CRITERIA`.
+        threshold (`float` or `Sequence[float]`, *optional*): for all exits, or one for each. A default per criterion;
+            `tune_exits_` finds one that fits.
+        pool (`str`, *optional*): what heads read: `"first"`, `"mean"` or `"last"`; what the model's own head reads if left out.
+        distil (`float`, defaults to 0.0): weight of self-distillation from the last layer while training, in [0, 1].
+        temperature (`float`, defaults to 2.0): of self-distillation.
+        weights (`str` or `Sequence[float]`, defaults to `"depth"`): how the losses of exits are weighted while training.
+
+    Raises:
+        CompressionError: an index is negative, named twice or not a whole number.
+
+    Example:
+
+    ```python
+    >>> from hf_compress import AddExits
+    >>> AddExits([1, 2], threshold=0.8).after
+    (1, 2)
+
+    ```
+    """
+
+    after: tuple[int, ...]
+    criterion: str = "confidence"
+    threshold: float | tuple[float, ...] | None = None
+    pool: str | None = None
+    distil: float = 0.0
+    temperature: float = 2.0
+    weights: str | tuple[float, ...] = "depth"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "after", _indices(self.after, "AddExits.after"))
+        for name in ("threshold", "weights"):
+            value = getattr(self, name)
+            if isinstance(value, list | tuple):
+                object.__setattr__(self, name, tuple(value))
+
+
+Edit = KeepHeads | KeepNeurons | KeepLayers | LowRank | DepthwiseSeparable | Quantize | AddExits
 EDITS: dict[str, type] = {
-    edit.__name__: edit for edit in (KeepHeads, KeepNeurons, KeepLayers, LowRank, DepthwiseSeparable, Quantize)
+    edit.__name__: edit for edit in (KeepHeads, KeepNeurons, KeepLayers, LowRank, DepthwiseSeparable, Quantize, AddExits)
 }
 
 

@@ -46,16 +46,22 @@ def refuse_sharded(trainer: Trainer | None, model: nn.Module, who: str) -> None:
         )
 
 
-def restore_what_stock_lost(trainer: Trainer, model: Any) -> None:
-    """Stock `Trainer` skips weights that are saved under other names (ViT, Swin, ...); read them again, all of them."""
+def resumed_from(trainer: Trainer) -> str | None:
+    """The checkpoint that the running `train()` resumes from; None where it begins anew."""
     frame = sys._getframe(1)
     while frame is not None:
         checkpoint = frame.f_locals.get("resume_from_checkpoint")
         if frame.f_locals.get("self") is trainer and isinstance(checkpoint, str | os.PathLike):
-            if isinstance(model, PreTrainedModel) and keys_differ(model, checkpoint):
-                restore_weights(model, checkpoint)
-            return
+            return os.fspath(checkpoint)
         frame = frame.f_back
+    return None
+
+
+def restore_what_stock_lost(trainer: Trainer, model: Any) -> None:
+    """Stock `Trainer` skips weights that are saved under other names (ViT, Swin, ...); read them again, all of them."""
+    checkpoint = resumed_from(trainer)
+    if checkpoint is not None and isinstance(model, PreTrainedModel) and keys_differ(model, checkpoint):
+        restore_weights(model, checkpoint)
 
 
 def first_rows(trainer: Trainer, rows: int = 2) -> dict[str, Any] | None:
@@ -85,21 +91,29 @@ def guard(trainer: Trainer, enter: Callable[[], None], abandon: Callable[[], Non
     """Call `enter` when this `train()` gets to work, and `abandon` when an exception (Ctrl-C too) leaves it.
 
     `on_train_begin` is too early to change a model: another callback may still refuse to train. So `enter` runs with the
-    first thing that a training does.
+    first thing that a training does. Several callbacks may guard one training; the first `unguard` ends it for all, since
+    it comes with the end of the training.
     """
-    unguard(trainer)
     state = trainer.state
+    waiting = trainer.__dict__.get("_hfc_guards")
+    if waiting is not None and waiting[0] is state:
+        waiting[1].append((enter, abandon))
+        return
+    unguard(trainer)
+    guards = [(enter, abandon)]
+    trainer.__dict__["_hfc_guards"] = (state, guards)
 
     def guarded(function: Callable[..., Any], enters: bool) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
             if trainer.state is not state:  # a later train() without us
                 return function(*args, **kwargs)
             try:
-                if enters:
-                    enter()
+                for begin, _ in guards if enters else ():
+                    begin()
                 return function(*args, **kwargs)
             except BaseException:
-                abandon()
+                for _, leave in guards:
+                    leave()
                 raise
 
         return call
@@ -111,6 +125,6 @@ def guard(trainer: Trainer, enter: Callable[[], None], abandon: Callable[[], Non
 
 
 def unguard(trainer: Trainer) -> None:
-    for name in GUARDED:
+    for name in (*GUARDED, "_hfc_guards"):
         trainer.__dict__.pop(name, None)
     trainer.callback_handler.__dict__.pop("call_event", None)

@@ -18,11 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .edits import CompressionError
 from .modules import LowRankLinear, width
-
-try:
-    from .quantization import quantized_
-except ImportError:  # TEMP
-    quantized_ = None
+from .quantization import quantized_
 
 # --- low rank ----------------------------------------------------------------------------------------------------
 
@@ -78,7 +74,7 @@ class _Separable:
         return convolve(hidden, self.weight, self_.bias, groups=self_.groups)
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, multiplier={self.multiplier}"
+        return f"{super().extra_repr()}, multiplier={self.multiplier}"  # type: ignore[misc]
 
 
 class SeparableConv1d(_Separable, nn.Conv1d):
@@ -142,6 +138,19 @@ def make_(module: nn.Module, kinds: list[list[Any]]) -> None:
             KINDS[name](module, **options)
         except (TypeError, AttributeError) as error:
             raise CompressionError(f"A {type(module).__name__} cannot become {name} with {options!r}: {error}.") from error
+
+
+def follow_ties_(model: Any) -> None:
+    """transformers ties parameters by name: scales and zero points go where their integers go."""
+    ties = getattr(model, "all_tied_weights_keys", None) or {}
+    modules = dict(model.named_modules())
+    for target, source in list(ties.items()):
+        one, other = (modules.get(name.rpartition(".")[0]) for name in (target, source))
+        if one is None or other is None or not target.endswith(".weight"):
+            continue
+        for key in ("weight_scale", "weight_zero"):
+            if key in one._parameters and key in other._parameters:
+                ties[f"{target.removesuffix('weight')}{key}"] = f"{source.removesuffix('weight')}{key}"
 
 
 def check_kinds(kinds: Any, where: str) -> None:

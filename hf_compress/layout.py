@@ -15,7 +15,9 @@ import torch
 from torch import nn
 
 from .edits import CompressionError, from_spans, spans_of
-from .kinds import check_kinds, make_
+from .exits.options import check_options
+from .exits.runtime import attach_exits_
+from .kinds import check_kinds, follow_ties_, make_
 from .modules import PLAIN, ConfigView, LockedLinear, gate_, is_gated, lock_, select_heads_, width
 from .stacks import carry_, config_parts, counts_layers
 
@@ -248,7 +250,9 @@ def check(layout: Any) -> Layout:
         raise CompressionError(
             f"The checkpoint's compression layout sets {str(numbers)[:80]!r}, which are no numbers of layers."
         )
-    unknown = set(layout) - {"modules", "layers", "numbers", "gates"}
+    if "exits" in layout:
+        layout["exits"] = check_options(layout["exits"])
+    unknown = set(layout) - {"modules", "layers", "numbers", "gates", "exits"}
     if unknown:
         raise CompressionError(f"The checkpoint's compression layout has unknown parts {sorted(unknown)}; upgrade hf_compress.")
     for name, entry in layout["modules"].items():
@@ -290,6 +294,15 @@ def replay_(model: nn.Module, layout: Layout) -> None:
         _pick_layers(model, layers, layout.get("numbers", {}))
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
     find = _finder(model)
+    exits = layout.get("exits")
+    if exits:
+        modules = dict(model.named_modules())
+        if exits["stack"] in modules:
+            attach_exits_(model, exits)
+        elif exits["stack"].removeprefix(prefix) not in modules and prefix != ".":  # the base model alone has no exits
+            raise CompressionError(
+                f"The checkpoint has exits in {exits['stack']!r}, which {type(model).__name__} does not have: another model."
+            )
     found = {name: find(name) for name in layout["modules"]}
     if found and not any(found.values()):
         raise CompressionError(
@@ -306,6 +319,8 @@ def replay_(model: nn.Module, layout: Layout) -> None:
                 raise CompressionError(
                     f"The checkpoint cuts {name!r}, which {type(model).__name__} does not have: another model."
                 )  # any other is a head that this class does not carry
+    if any("kinds" in entry for entry in layout["modules"].values()):
+        follow_ties_(model)
 
 
 def _replay_module(name: str, module: nn.Module, entry: Mapping[str, Any]) -> None:

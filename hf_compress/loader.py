@@ -20,6 +20,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .edits import CompressionError
+from .inner import around, check_inner
 from .layout import check, finish_replayed, replay_
 from .plan import Plan
 
@@ -36,7 +37,8 @@ class HfCompressConfig(QuantizationConfigMixin):
             transformers copies and prints a config several times whenever a model loads.
         masks (`dict`, *optional*): of a checkpoint from the middle of a training: a plan that is masked, not yet cut.
         format (`int`): the format of this dict. Every later version reads it.
-        digest (`str`, *optional*): of all the above; checked when the checkpoint loads.
+        digest (`str`, *optional*): of everything else here; checked when the checkpoint loads.
+        inner (`dict`, *optional*): the config of the other quantization method that the weights are in (see `inner.py`).
 
     Raises:
         CompressionError: the dict was changed after it was written, or comes from a later version.
@@ -49,6 +51,7 @@ class HfCompressConfig(QuantizationConfigMixin):
         masks: dict[str, Any] | None = None,
         format: int = FORMAT,
         digest: str | None = None,
+        inner: dict[str, Any] | None = None,
         **unknown: Any,
     ) -> None:
         self.quant_method = METHOD  # type: ignore[assignment]
@@ -61,6 +64,10 @@ class HfCompressConfig(QuantizationConfigMixin):
         self.format = format
         self.plan_dict = Plan().to_dict(spans=True) if plan is None else plan
         self.masks_dict = masks
+        self.inner = inner
+        self.order: Any = None  # a live config of another method that from_pretrained is to convert the weights to
+        if inner is not None:
+            check_inner(inner)
         self.layout_text = layout if isinstance(layout, str) else _dump(layout or {"modules": {}})
         try:
             self.layout = check(json.loads(self.layout_text))
@@ -68,7 +75,7 @@ class HfCompressConfig(QuantizationConfigMixin):
             if isinstance(error, CompressionError):
                 raise
             raise CompressionError(f"The checkpoint's compression layout is not whole: {error}.") from error
-        content = _dump({"plan": self.plan_dict, "masks": masks}) + self.layout_text
+        content = _dump({"plan": self.plan_dict, "masks": masks}) + self.layout_text + ("" if inner is None else _dump(inner))
         self.digest = hashlib.sha256(content.encode()).hexdigest()
         if digest is not None and digest != self.digest:
             raise CompressionError(
@@ -84,6 +91,9 @@ class HfCompressConfig(QuantizationConfigMixin):
     def masks(self) -> Plan | None:
         return None if self.masks_dict is None else Plan.from_dict(self.masks_dict)
 
+    def get(self, name: str, default: Any = None) -> Any:
+        return getattr(self, name, default)  # transformers asks configs in memory as it asks dicts
+
     def __deepcopy__(self, memo: dict) -> HfCompressConfig:
         return self  # a record is replaced, never changed; configs are copied several times whenever a model loads
 
@@ -97,6 +107,8 @@ class HfCompressConfig(QuantizationConfigMixin):
         }
         if self.masks_dict is not None:
             data["masks"] = self.masks_dict
+        if self.inner is not None:
+            data["inner"] = self.inner
         return copy.deepcopy(data)
 
 
@@ -108,24 +120,37 @@ def compression_of(config: Any) -> HfCompressConfig | None:
     """The compression record of a model's config, if it has one.
 
     Raises:
-        CompressionError: the config belongs to another quantization method.
+        CompressionError: the weights are quantized with another method, alone or inside a compressed checkpoint.
     """
     found = getattr(config, "quantization_config", None)
+    if isinstance(found, dict) and found.get("quant_method") == METHOD:
+        found = HfCompressConfig(**found)
+    if isinstance(found, HfCompressConfig) and found.inner is not None:
+        found = found.inner
     if found is None or isinstance(found, HfCompressConfig):
         return found
-    if isinstance(found, dict) and found.get("quant_method") == METHOD:
-        return HfCompressConfig(**found)
     method = found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", found)
+    method = getattr(method, "value", method)
     raise CompressionError(
         f"This model is quantized with {method}; cutting a quantized model is not offered. Cut it first, then quantize."
     )
 
 
 class HfCompressQuantizer(HfQuantizer):
-    """Replays the layout before the weights are read, and leaves an ordinary model behind."""
+    """Replays the layout before the weights are read, and leaves an ordinary model behind.
+
+    Where another method's weights are inside, or asked for, that method's quantizer does the rest (`inner.around`).
+    """
 
     quantization_config: HfCompressConfig
     requires_calibration = False
+
+    def __new__(cls, quantization_config: HfCompressConfig | None = None, **kwargs: Any) -> Any:
+        plain = super().__new__(cls)  # without a config where it is copied
+        if quantization_config is None or (quantization_config.inner is None and quantization_config.order is None):
+            return plain
+        HfQuantizer.__init__(plain, quantization_config, **kwargs)
+        return around(plain)
 
     def is_serializable(self) -> bool:
         return True

@@ -19,7 +19,7 @@ from .fits import best_rank
 from .kinds import SEPARABLE, largest_rank, not_separable
 from .modules import LockedLinear, LowRankLinear, dense_weight, is_gated, width
 from .plan import Plan
-from .probe import probing, quiet_run
+from .probe import probing, quiet_run, use_of_weights
 
 logger = logging.get_logger(__name__)
 
@@ -183,8 +183,9 @@ def plan_quantization(
 ) -> Plan:
     """A plan that stores every Linear, Conv1D and (by default) Embedding of a model in few bits. See `Quantize`.
 
-    One forward pass finds the modules that run: a weight that something else reads than its own module cannot be stored
-    otherwise. An output head that is tied to the embedding stays tied: both hold the same integers.
+    One forward pass finds the modules that run: a weight that something else than its own module reads (CLIP asks its
+    position embeddings for their number) stays as it is. An output head that is tied to the embedding stays tied: both
+    hold the same integers.
 
     Args:
         model (`nn.Module`): a transformers model.
@@ -224,12 +225,17 @@ def plan_quantization(
     _refuse_quantized(model)
     kinds = (nn.Linear, Conv1D, LockedLinear, LowRankLinear, *((nn.Embedding,) if embeddings else ()))
     pattern = None if skip is None else _pattern(skip, "skip")
-    ran = _modules_that_run(model, inputs)
+    candidates: dict[str, Any] = {name: m for name, m in model.named_modules() if type(m) in kinds}
+    with probing(model, inputs) as run:
+        ran, read = use_of_weights(candidates, run)
+    used = {id(module.weight) for name, module in candidates.items() if name in ran}
+    held = {id(module.weight) for name, module in candidates.items() if name in read}
     edits, left, seen = [], [], set()
-    for name, module in model.named_modules():
-        if type(module) not in kinds or id(module.weight) in seen:
+    for name, module in candidates.items():
+        if id(module.weight) in seen:
             continue
-        if (pattern and pattern.search(name)) or name not in ran or is_gated(module):
+        fit = id(module.weight) in used and id(module.weight) not in held and not is_gated(module)
+        if (pattern and pattern.search(name)) or not fit:
             left.append(name)
             continue
         seen.add(id(module.weight))
@@ -279,18 +285,6 @@ def _refuse_quantized(model: nn.Module) -> None:
             raise CompressionError(
                 f"{name!r} is quantized already; quantizing twice loses more than once. Start from the float model."
             )
-
-
-def _modules_that_run(model: nn.Module, inputs: Mapping[str, Any] | None) -> set[str]:
-    ran: set[str] = set()
-    hooks = [m.register_forward_hook(lambda *_, name=n: ran.add(name)) for n, m in model.named_modules()]
-    try:
-        with probing(model, inputs):
-            pass  # it has run once to see whether it can
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return ran
 
 
 def _grams(

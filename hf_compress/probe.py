@@ -89,8 +89,10 @@ def _vocabulary(model: nn.Module) -> int:
 
 
 @contextmanager
-def quiet_run(model: nn.Module) -> Iterator[Callable[..., Any]]:
+def quiet_run(model: nn.Module, exits: bool = False) -> Iterator[Callable[..., Any]]:
     """A function that runs the model without leaving a trace: eval mode, no gradients, random state kept.
+
+    Early exits are off unless `exits`: all rows go through all layers.
 
     `run(inputs)` runs without a cache (one that a model fills would be filled twice by a proof); `run(inputs, cache=True)`
     as the model does by default.
@@ -115,13 +117,19 @@ def quiet_run(model: nn.Module) -> Iterator[Callable[..., Any]]:
             for key, config in configs.items():
                 config.use_cache = before[key]
 
+    states = [] if exits else [m.__dict__["_exits"] for m in model.modules() if "exit_heads" in m._modules]
+    muted = [state.muted for state in states]
     model.eval()
     try:
+        for state in states:
+            state.muted = True
         with torch.random.fork_rng(devices), torch.no_grad():
             yield run
     finally:
         for module in training:
             module.training = True
+        for state, before in zip(states, muted, strict=True):
+            state.muted = before
 
 
 @contextmanager
@@ -211,3 +219,48 @@ def difference(one: torch.Tensor, other: torch.Tensor) -> float:
 def tolerance(dtype: torch.dtype) -> float:
     """How far two exact computations in another order may lie apart, relative to the largest value."""
     return {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 8e-2}.get(dtype, 1e-4)
+
+
+class _Watched(torch.Tensor):
+    """A weight that remembers whether anything but its dtype or device was asked of it."""
+
+    hfc_read: list[bool]
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        asked = getattr(getattr(func, "__self__", None), "__name__", "") if func.__name__ == "__get__" else func.__name__
+        if asked not in ("dtype", "device", "requires_grad", "is_meta"):
+            for value in (*args, *(kwargs or {}).values()):
+                if isinstance(value, _Watched):
+                    value.hfc_read[0] = True
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+
+def use_of_weights(modules: Mapping[str, nn.Module], run: Callable[[], Any]) -> tuple[set[str], set[str]]:
+    """Run a model, and see whose forward runs, and whose weight something else than its own forward reads.
+
+    Asking for a weight's dtype or device is no reading: T5 does that to cast what it hands to a Linear.
+    """
+    ran: set[str] = set()
+    seen: dict[str, list[bool]] = {}
+    with ExitStack() as stack:
+        for name, module in modules.items():
+            weight = module._parameters["weight"]
+            assert weight is not None
+            watched: Any = weight.detach().as_subclass(_Watched)
+            seen[name] = watched.hfc_read = [False]
+
+            def enter(m: nn.Module, *_: Any, name: str = name, weight: Any = weight) -> None:
+                ran.add(name)
+                m._parameters["weight"] = weight
+
+            def leave(m: nn.Module, *_: Any, watched: Any = watched) -> None:
+                m._parameters["weight"] = watched
+
+            stack.callback(module.register_forward_pre_hook(enter).remove)
+            stack.callback(module.register_forward_hook(leave, always_call=True).remove)
+            stack.callback(module._parameters.__setitem__, "weight", weight)
+            module._parameters["weight"] = watched  # type: ignore[assignment]
+        run()
+    return ran, {name for name, (read,) in seen.items() if read}

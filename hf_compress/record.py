@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from .cutting import Undo
 from .discover import discover
 from .edits import CompressionError
+from .exits.runtime import exit_options
 from .layout import gates_of, layers_differ, merge, skeleton, stock_numbers, unrecorded
 from .loader import HfCompressConfig, compression_of
 from .masking import masks_in
@@ -33,6 +34,7 @@ def stamp_(
     removed: Mapping[str, tuple[int, ...]],
     numbers_before: Mapping[str, Any],
     undo: Undo,
+    exits: dict[str, Any] | None = None,
 ) -> None:
     """Write into the config what a loader needs: nothing but numbers where that is enough, the layout otherwise."""
     config = owner.config
@@ -40,6 +42,10 @@ def stamp_(
     mine = {_local(k, name): v for k, v in record.items() if _local(k, name) is not None}
     gone = {_local(k, name): v for k, v in removed.items() if _local(k, name) is not None}
     layout = merge(before.layout if before else None, mine, gone)  # type: ignore[arg-type]
+    if exits is not None:
+        layout["exits"] = exits
+    elif "exits" in layout:  # thresholds may have been tuned since
+        layout["exits"] = exit_options(owner)
     edits = (before.plan if before else Plan()) + plan
     state = dict(config.__dict__)
 
@@ -57,7 +63,7 @@ def stamp_(
     if gone:
         _record_layers(owner, layout, gone, numbers_before, undo)  # type: ignore[arg-type]
     structure = discover(owner)
-    stock = None if layout.get("layers") or masks else stock_numbers(owner, structure, layout["modules"])
+    stock = None if layout.get("layers") or masks or layout.get("exits") else stock_numbers(owner, structure, layout["modules"])
     if stock is not None:
         layout = None
         config.__dict__.pop("quantization_config", None)
@@ -126,3 +132,11 @@ def _lock(owner: PreTrainedModel, layout: dict, undo: Undo) -> None:
             layout["modules"].setdefault(name, {})["lock"] = True
             return
     raise CompressionError(f"{type(owner).__name__} has no Linear that could mark the checkpoint as compressed.")
+
+
+def record_exits_(model: PreTrainedModel) -> None:
+    """Write the criterion and thresholds that a model's exits have now into its config, so that they are saved."""
+    record, options = compression_of(model.config), exit_options(model)
+    if record is not None and options is not None and "exits" in record.layout:
+        layout = {**record.layout, "exits": options}
+        model.config.quantization_config = HfCompressConfig(record.plan_dict, layout, record.masks_dict)

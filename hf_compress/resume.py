@@ -43,8 +43,9 @@ def restore_weights(model: PreTrainedModel, checkpoint: str | os.PathLike) -> No
             f"there and {mine.get(name, 'absent')} here. Build the model with from_pretrained({str(checkpoint)!r})."
         )
     with torch.no_grad():
+        own = dict(model.named_parameters(remove_duplicate=False))
         for name, tensor in fresh.named_parameters(remove_duplicate=False):
-            target = model.get_parameter(name)
+            target = own[name]
             target.copy_(tensor.to(target.device))
         ours = dict(model.named_buffers())
         for name, tensor in fresh.named_buffers():
@@ -59,12 +60,21 @@ def _shapes(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
 def _take_shapes(model: PreTrainedModel, small: PreTrainedModel) -> None:
     """Give a model the narrower shapes, the sizes and the config of one with the same modules; no weights yet."""
     modules = dict(small.named_modules())
-    if modules.keys() != dict(model.named_modules()).keys():
-        return  # other layers: the caller says so
     before = compression_of(small.config)
     recorded = before.layout["modules"] if before else {}
+    exits = (before.layout if before else {}).get("exits")
+    theirs = {name for name in modules if not name.startswith("exit_heads")} if exits else modules.keys()
+    if theirs != {name for name in dict(model.named_modules()) if not exits or not name.startswith("exit_heads")}:
+        return  # other layers: the caller says so
+    kinds = {name: entry["kinds"] for name, entry in recorded.items() if "kinds" in entry}
+    if any(model.get_submodule(n).__dict__.get("hfc_kinds", k) != k for n, k in kinds.items()):
+        return
     layout: dict = {"modules": {name: dict(entry) for name, entry in recorded.items()}}
     for name, module in model.named_modules():
+        if name in kinds or name not in modules:
+            if "hfc_kinds" in module.__dict__:  # what it became it is already
+                layout["modules"].pop(name, None)
+            continue
         other = modules[name]
         shapes = {
             key: list(p.shape)
@@ -78,7 +88,11 @@ def _take_shapes(model: PreTrainedModel, small: PreTrainedModel) -> None:
             **({"shapes": shapes} if shapes else {}),
             **({"attributes": sizes} if sizes else {}),
         }
+    if exits and "exit_heads" not in model._modules:
+        layout["exits"] = exits
     replay_(model, layout)
+    for name in kinds:
+        model.get_submodule(name).__dict__["hfc_kinds"] = kinds[name]
     model.config.__dict__.update({k: v for k, v in small.config.__dict__.items() if not k.startswith("_")})
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from .cutting import Undo
@@ -17,11 +18,7 @@ from .fits import best_kernels, best_rank, compose_kernels
 from .kinds import low_rank_, not_separable, separable_
 from .modules import LockedLinear, LowRankLinear, dense_weight, is_gated
 from .probe import difference, probing, tensors_in, tolerance
-
-try:
-    from .quantization import dequantized, fake_quantize_rows, is_quantized, quantize_
-except ImportError:  # TEMP
-    is_quantized = lambda m: False
+from .quantization import dequantized, fake_quantize_rows, is_quantized, quantize_, quantized_
 from .refusals import check_weights
 
 Substitution = LowRank | DepthwiseSeparable | Quantize
@@ -54,13 +51,13 @@ def substitute_(
     with torch.inference_mode(False), torch.no_grad():
         for edit in edits:
             name, module = find(model, edit.module)
-            sharers = _sharers(model, name, module)
-            _check(model, name, module, edit, sharers)
-            for other, sharer in [(name, module), *sharers]:
+            tied = sharers(model, module)
+            _check(model, name, module, edit, tied)
+            for other, sharer in [(name, module), *tied]:
                 before = _State(sharer)
                 undo.append(before.restore)
                 if type(sharer) is LockedLinear:
-                    sharer.__class__ = nn.Linear
+                    sharer.__class__ = nn.Linear  # type: ignore[assignment]
                 kinds = [*sharer.__dict__.get("hfc_kinds", [])]
                 if sharer is module or not isinstance(edit, Quantize):
                     kinds.append(BECOME[type(edit)](sharer, edit, _given(edit, name, sharer, tensors)))
@@ -115,24 +112,22 @@ def _become_separable(module: Any, edit: DepthwiseSeparable, given: None) -> lis
     return ["separable", {"multiplier": edit.multiplier}]
 
 
-def _options(edit: Quantize) -> dict[str, Any]:
-    return {
-        "bits": edit.bits,
-        "group_size": edit.group_size,
-        "activations": None if edit.activations == "none" else edit.activations,
-        "decode": edit.decode,
-    }
+def _options(module: nn.Module, edit: Quantize) -> dict[str, Any]:
+    floats = edit.activations == "none" or isinstance(module, nn.Embedding)
+    activations = None if floats else edit.activations
+    return {"bits": edit.bits, "group_size": edit.group_size, "activations": activations, "decode": edit.decode}
 
 
 def _become_quantized(module: Any, edit: Quantize, given: dict[str, torch.Tensor] | None) -> list[Any]:
-    quantize_(module, **_options(edit), given=given)
-    return ["quantized", _options(edit)]
+    options = _options(module, edit)
+    quantize_(module, **options, given=given)
+    return ["quantized", options]
 
 
 def _share_quantized(module: Any, sharer: Any, edit: Quantize) -> list[Any]:
     """A head that is tied to an embedding stays tied: both hold the same integers, and only its weights are rounded."""
-    options = {**_options(edit), "activations": None}
-    quantize_(sharer, **options)
+    options = {**_options(sharer, edit), "activations": None}
+    quantized_(sharer, **options)
     for name, parameter in module._parameters.items():
         if name != "bias":
             sharer._parameters[name] = parameter
@@ -184,7 +179,7 @@ def _entry(module: Any, kinds: list[Any]) -> dict[str, Any]:
 # --- refusals ----------------------------------------------------------------------------------------------------
 
 
-def _check(model: nn.Module, name: str, module: Any, edit: Substitution, sharers: list[tuple[str, nn.Module]]) -> None:
+def _check(model: nn.Module, name: str, module: Any, edit: Substitution, tied: list[tuple[str, nn.Module]]) -> None:
     what = type(edit).__name__
     check_weights(name, module)
     if is_gated(module):
@@ -205,9 +200,9 @@ def _check(model: nn.Module, name: str, module: Any, edit: Substitution, sharers
             raise CompressionError(f"{name!r} cannot be made depthwise separable: {reason}.")
     elif type(module) not in (nn.Linear, Conv1D, LockedLinear, LowRankLinear, nn.Embedding):
         raise CompressionError(f"Quantize takes a Linear, Conv1D or Embedding, and {name!r} is a {_kind(module)}.")
-    if sharers and not (isinstance(edit, Quantize) and {type(m) for _, m in sharers} <= {nn.Linear, nn.Embedding}):
+    if tied and not (isinstance(edit, Quantize) and {type(m) for _, m in tied} <= {nn.Linear, nn.Embedding}):
         raise CompressionError(
-            f"{name!r} shares its weight with {sharers[0][0]!r}; {what} would separate them. Untie them first, or leave it out."
+            f"{name!r} shares its weight with {tied[0][0]!r}; {what} would separate them. Untie them first, or leave it out."
         )
 
 
@@ -215,7 +210,7 @@ def _kind(module: nn.Module) -> str:
     return f"{type(module).__module__}.{type(module).__name__}"
 
 
-def _sharers(model: nn.Module, name: str, module: nn.Module) -> list[tuple[str, nn.Module]]:
+def sharers(model: nn.Module, module: nn.Module) -> list[tuple[str, nn.Module]]:
     """Other modules that hold the same weight: an output head that is tied to the embedding."""
     weight = module._parameters.get("weight")
     return [
@@ -263,13 +258,15 @@ def _in_the_old_form(changed: list[tuple[str, nn.Module, _State, Substitution]])
     states = [_State(module) for _, module, _, _ in changed]
     hooks = []
     try:
-        for (_, module, before, _), after in zip(changed, states, strict=True):
+        for _, module, before, _ in changed:
             parameters = effective(module, before)
-            rounds = after.parameters["weight"] is not None and module.__dict__["hfc_kinds"][-1][1].get("activations")
+            rounds = module.__dict__["hfc_kinds"][-1][1].get("activations")
             before.restore()
             module._parameters.update(parameters)
             if rounds:
                 hooks.append(module.register_forward_pre_hook(_rounded(rounds)))
+                if isinstance(module, LowRankLinear):  # what comes out of the inner factor is rounded too
+                    hooks.append(module.register_forward_hook(_rounded_inside(rounds)))
         yield
     finally:
         for hook in hooks:
@@ -285,27 +282,35 @@ def _rounded(how: str) -> Callable[..., Any]:
     return hook
 
 
+def _rounded_inside(how: str) -> Callable[..., Any]:
+    def hook(module: Any, args: Any, output: Any) -> torch.Tensor:
+        inner = fake_quantize_rows(F.linear(args[0], module.weight_in), how)
+        return F.linear(inner, module.weight, module.bias)
+
+    return hook
+
+
 def _prove(
     model: nn.Module, changed: list[tuple[str, nn.Module, _State, Substitution]], inputs: Mapping[str, Any] | None
 ) -> None:
     ran: set[str] = set()
     integers = any(module.__dict__["hfc_kinds"][-1][1].get("activations") for _, module, _, _ in changed)
-    hooks = [m.register_forward_hook(lambda *_, name=name: ran.add(name)) for name, m, _, _ in changed]
-    try:
-        with probing(model, inputs) as run:
-            try:
-                got = tensors_in(run())
-            except Exception as error:
-                raise CompressionError(
-                    f"Nothing was changed: with {changed[0][0]!r} (of {len(changed)} modules) replaced, {type(model).__name__} "
-                    f"fails with {type(error).__name__}: {error}. Something else than its forward reads its weight; leave it out."
-                ) from error
-            with _in_the_old_form(changed):
-                expected = tensors_in(run())
-    finally:
-        for hook in hooks:
-            hook.remove()
-    idle = [name for name, *_ in changed if name not in ran]
+    with ExitStack() as stack:
+        with _in_the_old_form(changed):
+            run = stack.enter_context(probing(model, inputs))
+            expected = tensors_in(run())
+        for name, module, _, _ in changed:
+            stack.callback(module.register_forward_hook(lambda *_, name=name: ran.add(name)).remove)
+        try:
+            got = tensors_in(run())
+        except Exception as error:  # whatever reads a weight that has another shape now
+            raise CompressionError(
+                f"Nothing was changed: with {changed[0][0]!r} (of {len(changed)} modules) replaced, {type(model).__name__} "
+                f"fails with {type(error).__name__}: {error}. Something else than its forward reads its weight; leave it out."
+            ) from error
+    # of modules that share a weight, one that runs is enough
+    used = {id(module._parameters["weight"]) for name, module, _, _ in changed if name in ran}
+    idle = [name for name, module, _, _ in changed if id(module._parameters["weight"]) not in used]
     if idle:
         raise CompressionError(
             f"Nothing was changed: {idle[0]!r} did not run on the proof's inputs, so its replacement cannot be proved. Pass "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from itertools import groupby
 from typing import Any
 
@@ -10,7 +11,10 @@ import torch
 from torch import nn
 
 from .cutting import Undo, Variant, cut_
-from .edits import CompressionError, KeepHeads
+from .edits import AddExits, CompressionError, KeepHeads
+from .exits.options import resolve_exits
+from .exits.runtime import attach_exits_, detach_exits_
+from .kinds import follow_ties_
 from .layout import joined, renamed
 from .masking import Mask
 from .plan import Plan
@@ -112,6 +116,8 @@ def apply_(model: nn.Module, plan: Plan, *, inputs: Mapping[str, Any] | None = N
         for step in _steps(plan):
             if isinstance(step.edits[0], Substitution):
                 _substitute(model, step, inputs, undo)
+            elif isinstance(step.edits[0], AddExits):
+                _add_exits(model, step, inputs, undo)
             else:
                 _cut(model, step, inputs, undo)
     except BaseException:
@@ -127,7 +133,7 @@ def _steps(plan: Plan) -> list[Plan]:
         raise CompressionError(f"Expected a Plan, got {type(plan).__name__}. Plan([KeepHeads(...), ...]) makes one.")
 
     def kind(edit: Any) -> type:
-        return type(edit) if isinstance(edit, Substitution) else KeepHeads
+        return type(edit) if isinstance(edit, Substitution | AddExits) else KeepHeads
 
     return [Plan(run, plan.tensors) for _, run in groupby(plan.edits, kind)]
 
@@ -147,8 +153,25 @@ def _substitute(model: nn.Module, plan: Plan, inputs: Mapping[str, Any] | None, 
     edits: Any = plan.edits
     record = substitute_(model, edits, plan.tensors, inputs, undo)
     for name, owner in owners_in(model):
+        undo.append(partial(setattr, owner, "all_tied_weights_keys", dict(owner.all_tied_weights_keys)))
+        follow_ties_(owner)
         if any(not name or touched.startswith(f"{name}.") for touched in record):
             stamp_(owner, name, Plan(edits), record, {}, {}, undo)
+
+
+def _add_exits(model: nn.Module, plan: Plan, inputs: Mapping[str, Any] | None, undo: Undo) -> None:
+    check_adapters(model)
+    owners = owners_in(model)
+    if len(owners) != 1 or len(plan.edits) != 1:
+        what = f"{len(owners)} transformers models" if len(owners) != 1 else f"{len(plan.edits)} AddExits at once"
+        raise CompressionError(f"Exits go into one classifier, once, with all layers in `after`; got {what}.")
+    name, owner = owners[0]
+    edit: Any = plan.edits[0]
+    lists: dict[str, Any] = {key: list(value) if isinstance(value, tuple) else value for key, value in vars(edit).items()}
+    options = resolve_exits(owner, **lists, inputs=None if name else inputs)
+    undo.append(lambda: detach_exits_(owner))
+    attach_exits_(owner, options)
+    stamp_(owner, name, Plan([edit]), {}, {}, {}, undo, exits=options)
 
 
 def _cut(model: nn.Module, plan: Plan, inputs: Mapping[str, Any] | None, undo: Undo) -> None:
@@ -156,6 +179,10 @@ def _cut(model: nn.Module, plan: Plan, inputs: Mapping[str, Any] | None, undo: U
     cuts, removed = resolved.cuts, resolved.removed
     if not cuts and not removed:
         return
+    if removed and any("exit_heads" in module._modules for module in model.modules()):
+        raise CompressionError(
+            f"{', '.join(removed)} has early exits, which sit after layers by number; remove layers first, then add exits."
+        )
     check_adapters(model)
     check_modules(model, cuts)
     check_masks(model, cuts)

@@ -1,4 +1,4 @@
-"""Prune a real model on real data, in the Trainer, and print what it cost and gained.
+"""Prune, distil, quantize and early-exit a real model on real data, in the Trainer, and draw what each stage gained.
 
     python scripts/demo.py                                   # no Hub: a small ViT on scikit-learn's handwritten digits
     python scripts/demo.py --model distilbert/distilbert-base-uncased-finetuned-sst-2-english \\
@@ -28,6 +28,7 @@ from transformers import (
     TrainingArguments,
     ViTConfig,
     ViTForImageClassification,
+    default_data_collator,
     set_seed,
 )
 from transformers.utils import logging
@@ -62,10 +63,10 @@ def main() -> None:
 
 def run(args: argparse.Namespace, task: dict[str, Any]) -> None:
     model, output = task["model"], Path(args.output)
+    epochs, learning_rate = args.epochs or task["epochs"], args.learning_rate or task["learning_rate"]
 
-    def trainer_for(model, epochs: float, learning_rate: float, callbacks=()):
-        arguments = TrainingArguments(
-            str(output / "checkpoints"),
+    def trainer_for(model, epochs: float, learning_rate: float, callbacks=(), teacher=None):
+        options = dict(
             num_train_epochs=epochs,
             learning_rate=learning_rate,
             per_device_train_batch_size=32,
@@ -75,21 +76,35 @@ def run(args: argparse.Namespace, task: dict[str, Any]) -> None:
             warmup_steps=10,
             remove_unused_columns=task.get("remove_unused_columns", True),
         )
-        return Trainer(
-            model,
-            arguments,
+        common = dict(
             train_dataset=task["train"],
             eval_dataset=task["test"],
             data_collator=task.get("collator"),
             compute_metrics=lambda p: {"accuracy": float((np.argmax(p.predictions, -1) == p.label_ids).mean())},
             callbacks=list(callbacks),
         )
+        folder = str(output / "checkpoints")
+        if teacher is None:
+            return Trainer(model, TrainingArguments(folder, **options), **common)
+        return hc.DistillationTrainer(model, hc.DistillationArguments(folder, **options), teacher_model=teacher, **common)
 
     def accuracy(model) -> dict[str, float]:
         scorer = trainer_for(model, 1, 1e-4)
         for printer in (ProgressCallback, PrinterCallback):
             scorer.remove_callback(printer)
         return {"accuracy": scorer.evaluate()["eval_accuracy"]}
+
+    reports: dict[str, hc.Report] = {}
+
+    def stage(name: str) -> None:
+        """Save, load back, compare to the bit, measure against the dense model."""
+        model.save_pretrained(output / name)
+        loaded = type(model).from_pretrained(output / name)
+        with torch.no_grad():
+            if not torch.equal(loaded.eval()(**task["batch"]).logits, model.eval()(**task["batch"]).logits):
+                sys.exit(f"error: the loaded model is not the saved one ({output / name})")
+        reports[name] = hc.measure(loaded, task["batch"], against=dense, metrics=accuracy)
+        print(f"{reports[name]}\nSaved to {output / name} and loaded back with from_pretrained; logits equal to the bit\n")
 
     print("What can be cut\n" + str(hc.discover(model)) + "\n")
     if task.get("dense_epochs"):
@@ -98,22 +113,56 @@ def run(args: argparse.Namespace, task: dict[str, Any]) -> None:
     model.save_pretrained(output / "dense")
     dense = type(model).from_pretrained(output / "dense")
 
-    print(f"Pruning {args.heads:.0%} of the heads and {args.neurons:.0%} of the neurons while training")
+    print(f"1. Pruning {args.heads:.0%} of the heads and {args.neurons:.0%} of the neurons while training")
     callback = hc.PruningCallback(heads=args.heads, neurons=args.neurons, score=args.score)
-    trainer = trainer_for(
-        model, args.epochs or task["epochs"], args.learning_rate or task["learning_rate"], callbacks=[callback]
-    )
-    trainer.train()
+    trainer_for(model, epochs, learning_rate, [callback]).train()
     print(f"\n{callback.plan}\n")
+    stage("pruned")
 
-    trainer.save_model(str(output / "small"))
-    loaded = type(model).from_pretrained(output / "small")
-    with torch.no_grad():
-        equal = torch.equal(loaded.eval()(**task["batch"]).logits, trainer.model.eval()(**task["batch"]).logits)
-    print(hc.measure(loaded, task["batch"], against=dense, metrics=accuracy))
-    print(f"\nSaved to {output / 'small'} and loaded back with from_pretrained; logits equal to the bit: {equal}")
-    if not equal:
-        sys.exit("error: the loaded model is not the saved one")
+    print("2. Distilling the dense model into it, and training early exits on the way")
+    layers = len(hc.discover(model).layers)
+    exits = hc.EarlyExitCallback(after=range(layers // 3, layers - 1), distil=0.5)
+    trainer_for(model, epochs, learning_rate / 2, [exits], teacher=dense).train()
+    hc.set_exits_(model, threshold=1.0)
+    stage("distilled")
+
+    print("3. Quantizing to 8 bits, embeddings too")
+    hc.apply_(model, hc.plan_quantization(model, bits=8))
+    stage("int8")
+
+    print("4. Letting sure rows leave early: the threshold that costs at most half a point on validation rows")
+    found = hc.tune_exits_(model, task["validation"], max_drop=0.005)
+    print(f"{found['mean_depth']:.2f} of {layers} layers a row, at a threshold of {found['threshold']:.3f}")
+    stage("exits")
+
+    print(f"{'stage':<10} accuracy  speed-up  of the bytes")
+    points = {"dense": (1.0, reports["pruned"].against.metrics["accuracy"], 1.0)}  # type: ignore[union-attr]
+    for name, report in reports.items():
+        share = report.model.bytes / report.against.bytes  # type: ignore[union-attr]
+        points[name] = (report.speedup or 1.0, report.model.metrics["accuracy"], share)
+    for name, (speed, score, share) in points.items():
+        print(f"{name:<10} {score:>8.2%}  {speed:>7.2f}x  {share:>12.1%}")
+    draw({name: (1 / speed, score) for name, (speed, score, _) in points.items()}, output / "stages.png")
+
+
+def draw(points: dict[str, tuple[float, float]], path: Path) -> None:
+    try:
+        from matplotlib import pyplot
+    except ImportError:
+        print("matplotlib is not installed: no picture")
+        return
+    figure, axes = pyplot.subplots(figsize=(6, 4))
+    x, y = zip(*points.values(), strict=True)
+    axes.plot([100 * v for v in x], [100 * v for v in y], "o--", color="tab:blue")
+    for name, (time, score) in points.items():
+        axes.annotate(name, (100 * time, 100 * score), textcoords="offset points", xytext=(6, 6))
+    axes.set_xlabel("latency, % of the dense model's")
+    axes.set_ylabel("accuracy, %")
+    axes.set_xlim(0, 110)
+    axes.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+    print(f"Drawn: {path}")
 
 
 def digits(args: argparse.Namespace) -> dict[str, Any]:
@@ -137,16 +186,22 @@ def digits(args: argparse.Namespace) -> dict[str, Any]:
             num_labels=10,
         )
     )
+    validation, test = test[:150], test[150:]
     batch = {"pixel_values": torch.stack([row["pixel_values"] for row in test[:32]])}
     return {
         "model": model,
         "train": train[: args.train_rows],
+        "validation": [default_data_collator(validation)],
         "test": test,
         "batch": batch,
         "dense_epochs": 20,
         "epochs": 8,
         "learning_rate": 1e-3,
     }
+
+
+def batches(rows: Any, collate: Any, size: int = 64) -> list[Any]:
+    return [collate([rows[i] for i in range(at, min(at + size, len(rows)))]) for at in range(0, len(rows), size)]
 
 
 def from_hub(args: argparse.Namespace) -> dict[str, Any]:
@@ -164,7 +219,9 @@ def from_hub(args: argparse.Namespace) -> dict[str, Any]:
     if held_out is None:
         data = data["train"].train_test_split(0.2, seed=0)
         held_out = "test"
-    train, test = data["train"], data[held_out]
+    train = data["train"]
+    halves = data[held_out].train_test_split(0.5, seed=0)  # one half picks the thresholds of exits, the other measures
+    validation, test = halves["train"], halves["test"]
     if args.train_rows:
         train = train.shuffle(seed=0).select(range(min(args.train_rows, len(train))))
     features = train.features
@@ -195,6 +252,7 @@ def from_hub(args: argparse.Namespace) -> dict[str, Any]:
         return {
             "model": model,
             "train": train,
+            "validation": batches(validation, collate),
             "test": test,
             "collator": collate,
             "remove_unused_columns": False,
@@ -212,13 +270,17 @@ def from_hub(args: argparse.Namespace) -> dict[str, Any]:
         encoded = tokenizer(*(rows[name] for name in texts[:2]), truncation=True, max_length=128)
         return {**encoded, "labels": [index[value] for value in rows[label]]}
 
-    train, test = (part.map(encode, batched=True, remove_columns=list(features)) for part in (train, test))
+    train, validation, test = (
+        part.map(encode, batched=True, remove_columns=list(features)) for part in (train, validation, test)
+    )
+    collator = DataCollatorWithPadding(tokenizer)
     rows = [{k: v for k, v in test[i].items() if k != "labels"} for i in range(min(32, len(test)))]
     return {
         "model": model,
         "train": train,
+        "validation": batches(validation, collator),
         "test": test,
-        "collator": DataCollatorWithPadding(tokenizer),
+        "collator": collator,
         "batch": dict(tokenizer.pad(rows, return_tensors="pt")),
         "epochs": 1,
         "learning_rate": 5e-5,

@@ -87,6 +87,11 @@ def main(action: str, folder: str, family: str = "bert", kind: str = "Trainer") 
         t.train()
         report(f"{folder}/rank{os.environ['RANK']}", callback, t.model)
         t.save_model(f"{folder}/model")
+    elif action == "quantized":
+        callback = hc.QuantizationCallback(4, every=3)
+        t = trainer(folder, [callback], family, cls, per_device_train_batch_size=4)
+        t.train()
+        report(f"{folder}/rank{os.environ['RANK']}", callback, t.model)
     elif action == "fsdp":
         from transformers.distributed import DistributedConfig
 

@@ -1,0 +1,170 @@
+"""What happens around one forward of a model with exits: who may leave, logits put in place, losses joined."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..edits import CompressionError
+from .criteria import CRITERIA
+from .heads import tokens_to_read
+from .leaving import Pass
+from .losses import IGNORED, class_labels, cross_entropies, exit_weights, self_distillation, uses_num_items
+
+PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens")  # several sequences in one row: a row is no example
+
+
+class Exits:
+    """What a model and its layers share: the options, and what the last forward pass left behind."""
+
+    def __init__(self, options: dict[str, Any], depth: int, names: tuple[str, ...]) -> None:
+        self.options, self.depth, self.names = options, depth, names  # names: of forward's arguments
+        self.enabled = True
+        self.muted = False  # while a cut is proved: neither rows that leave nor joined losses
+        self.now: Pass | None = None  # only during a forward of the model
+        self.by_row: dict[tuple, bool] = {}  # which arguments of a layer have one entry a row (see `leaving`)
+        self.left: torch.Tensor | None = None
+        self.collected: list[torch.Tensor] | None = None
+        self.uses_num_items: bool | None = None
+        self.loss_checked = False
+        self.loss_sum: torch.Tensor | None = None
+        self.loss_count = 0
+
+
+def _named(state: Exits, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    return {**dict(zip(state.names, args, strict=False)), **kwargs}
+
+
+def _wants_all(model: Any, inputs: Mapping[str, Any]) -> bool:
+    """Whether a forward asks for something that rows which left would not have."""
+    config = model.config
+    flags = ("output_hidden_states", "output_attentions")
+    asked = any(inputs.get(f) if inputs.get(f) is not None else getattr(config, f, False) for f in flags)
+    return bool(asked) or inputs.get("past_key_values") is not None or bool(inputs.get("use_cache"))
+
+
+def begin(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+    state: Exits = model.__dict__["_exits"]
+    state.now = state.left = None
+    if state.muted:
+        return None
+    inputs = _named(state, args, kwargs)
+    collecting = state.collected is not None
+    if model.training and not collecting:
+        if inputs.get("labels") is None:
+            return None
+    elif not collecting and (not state.enabled or _wants_all(model, inputs)):
+        return None
+    for name in PACKED:
+        if inputs.get(name) is not None:
+            raise CompressionError(
+                f"{name} packs several sequences into a row; exits need one a row. Pad instead, or set_exits_(model, "
+                "enabled=False)."
+            )
+    leaves = not model.training and not collecting
+    if leaves and "use_cache" in state.names:
+        kwargs = {**kwargs, "use_cache": False}  # layers that rows skip would have nothing to cache
+        args = args[: state.names.index("use_cache")]
+        inputs = _named(state, args, kwargs)
+    options: dict[str, Any] = state.options
+    thresholds = (
+        options["threshold"] if isinstance(options["threshold"], list) else [options["threshold"]] * len(options["after"])
+    )
+    state.now = Pass(
+        heads=dict(model.exit_heads.items()),  # type: ignore[operator]
+        tokens=tokens_to_read(model.config, options["pool"], inputs),
+        criterion=CRITERIA[options["criterion"]],
+        thresholds=dict(zip(options["after"], thresholds, strict=True)),
+        leaves=leaves,
+        by_row=state.by_row,
+        attention=str(getattr(model.config, "_attn_implementation", None)),
+        run=lambda probe, changed: _run_as(model, state, probe, changed),
+        inputs=inputs,
+        main_input=getattr(model, "main_input_name", "input_ids"),
+    )
+    return args, kwargs
+
+
+def _run_as(model: nn.Module, state: Exits, probe: Any, inputs: dict[str, Any]) -> None:
+    """Run the model's own forward on other inputs, with `probe` in place of the pass of the moment."""
+    now, state.now = state.now, probe
+    try:
+        with torch.no_grad():
+            model.forward(**inputs)
+    finally:
+        state.now = now
+
+
+def end(model: nn.Module, args: tuple, kwargs: dict[str, Any], outputs: Any) -> Any:
+    state: Exits = model.__dict__["_exits"]
+    now, state.now = state.now, None
+    if outputs is None:  # forward raised
+        return None
+    labels = _named(state, args, kwargs).get("labels")
+    # (loss, logits, ...) where labels were given, (logits, ...) where not
+    bare = isinstance(outputs, tuple)
+    loss_at: Any = 0 if bare else "loss"
+    logits_at: Any = int(labels is not None) if bare else "logits"
+    logits = outputs[logits_at]
+    state.left = torch.full((logits.shape[0],), state.depth - 1, device=logits.device)
+    if now is None:
+        return None
+    if not now.leaves:
+        every = torch.stack([*now.logits, logits.to(now.logits[0].dtype)])
+        if state.collected is not None:
+            state.collected.append(every.detach())
+        if labels is None or not model.training:
+            return None
+        return _with(outputs, loss_at, _joint_loss(state, every, outputs[loss_at], labels, kwargs))
+    if not now.gone:
+        return None
+    rows, chosen, layers = (torch.cat(parts) for parts in zip(*now.gone, strict=True))
+    state.left = state.left.index_copy(0, rows, layers)
+    mixed = logits.index_copy(0, rows, chosen.to(logits.dtype))
+    if labels is not None:
+        # what the model computed from the rows that left means nothing
+        labels = class_labels(labels, len(mixed))
+        before, after = cross_entropies(torch.stack([logits, mixed]), labels)
+        scale = _scale(state, outputs[loss_at], before, labels, kwargs.get("num_items_in_batch"))
+        outputs = _with(outputs, loss_at, after * scale)
+    return _with(outputs, logits_at, mixed)
+
+
+def _with(outputs: Any, place: Any, value: torch.Tensor) -> Any:
+    if isinstance(outputs, tuple):
+        return (*outputs[:place], value, *outputs[place + 1 :])
+    outputs[place] = value
+    return outputs
+
+
+def _joint_loss(state: Exits, every: torch.Tensor, loss: torch.Tensor, labels: Any, kwargs: Mapping[str, Any]) -> torch.Tensor:
+    labels = class_labels(labels, every.shape[1])
+    losses = cross_entropies(every, labels)
+    scale = _scale(state, loss, losses[-1], labels, kwargs.get("num_items_in_batch"))
+    options = state.options
+    weights = torch.tensor(exit_weights(options["weights"], options["after"], state.depth), device=losses.device)
+    exits, distil = losses[:-1], options["distil"]
+    if distil:
+        exits = (1 - distil) * exits + distil * self_distillation(every[:-1], every[-1], options["temperature"])
+    seen = losses.detach()
+    state.loss_sum = seen if state.loss_sum is None else state.loss_sum + seen
+    state.loss_count += 1
+    return weights[-1] * loss + scale * (weights[:-1] * exits).sum()
+
+
+def _scale(state: Exits, loss: torch.Tensor, mean: torch.Tensor, labels: torch.Tensor, num_items: Any) -> Any:
+    """What a mean cross-entropy is multiplied by in this model: 1, or labelled rows over `num_items_in_batch`."""
+    if num_items is None:
+        if not state.loss_checked:
+            uses_num_items(loss, mean, None)
+            state.loss_checked = True
+        return 1.0
+    ratio = (labels != IGNORED).sum() / num_items
+    if state.uses_num_items is None:
+        state.uses_num_items = uses_num_items(loss, mean, ratio)
+    if state.uses_num_items is None:  # they agree on this batch
+        return torch.where((loss - mean).abs() <= (loss - mean * ratio).abs(), 1.0, ratio).detach()
+    return ratio if state.uses_num_items else 1.0

@@ -1,0 +1,270 @@
+"""Early exits in a model: attached in place, rows that are sure leave the batch, losses of all exits joined in training.
+
+Each layer's class is swapped for a subclass of the same name, in place, so that names, state dict keys, hooks, recorded
+outputs and `_no_split_modules` stay. The layers share one `Exits` object with the model; what belongs to one forward pass
+(`leaving.Pass`) hangs on it from the model's forward pre-hook to its forward hook. Nothing refers to the model, so a copy
+of a layer stays small and a copy of the model is independent.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..edits import CompressionError
+from .criteria import check_criterion, check_threshold
+from .heads import ExitHead
+from .hooks import Exits, begin, end
+from .options import check_options
+
+
+class _ExitingLayer:
+    """A layer that lets the pass of the moment, if there is one, decide which rows it sees.
+
+    `__call__` and not `forward`: gradient checkpointing wraps `forward` and would run an exit twice.
+    """
+
+    _exits: Exits
+    _exit_index: int
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        now = self._exits.now
+        if now is None:
+            return super().__call__(*args, **kwargs)  # type: ignore[misc]
+        return now.layer(self._exit_index, super().__call__, args, kwargs)  # type: ignore[misc]
+
+
+EXITING: dict[type, type] = {}  # a layer's class -> its subclass that exits
+PLAIN: dict[type, type] = {}
+
+
+def _exiting(cls: type) -> type:
+    if cls not in EXITING:
+        EXITING[cls] = type(cls.__name__, (_ExitingLayer, cls), {"__module__": cls.__module__, "__doc__": cls.__doc__})
+        EXITING[cls].__qualname__ = cls.__qualname__
+        PLAIN[EXITING[cls]] = cls
+    return EXITING[cls]
+
+
+# Called with a model whose options have changed: what writes them into its config adds itself here (it lies a level above).
+CHANGED: list[Callable[[nn.Module], None]] = []
+
+
+# --- attach and detach -------------------------------------------------------------------------------------------
+
+
+def attach_exits_(model: nn.Module, options: Mapping[str, Any]) -> None:
+    """Put exit heads after some layers of a model, in place. Works on the meta device, where the heads stay empty.
+
+    From then on, in eval mode, a row leaves the batch after the first exit that is sure of it; later layers run on fewer
+    rows, and are skipped when none is left. The output is the model's own, with the logits of the exit in the rows that
+    left. Exits that are never taken give the plain model's output to the bit. In training mode all rows go through all
+    layers, and when labels are given the loss is the joint loss of all exits:
+
+    `L = sum_k w_k ((1 - d) CE_k + d T^2 KL(final || exit_k)) + w_final L_final`, `sum w = 1`, with `d` = `distil`.
+
+    Nobody leaves in a forward that asks for more than logits (`output_hidden_states`, `output_attentions`, a cache).
+
+    Args:
+        model (`nn.Module`): a transformers model for sequence or image classification.
+        options (`dict`): JSON-ready, as `resolve_exits` makes them: `stack`, `after`, `num_labels`, `hidden_size`, `pool`,
+            `criterion`, `threshold`, `distil`, `temperature`, `weights`.
+
+    Raises:
+        CompressionError: an option means nothing, a layer is not there, or the model has exits already.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from transformers import BertConfig, BertForSequenceClassification
+    >>> from hf_compress.exits import attach_exits_, exit_layers, resolve_exits
+    >>> _ = torch.manual_seed(0)
+    >>> model = BertForSequenceClassification(BertConfig(
+    ...     vocab_size=99, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=64,
+    ... )).eval()
+    >>> attach_exits_(model, resolve_exits(model, after=[0, 1], criterion="confidence", threshold=0.5))
+    >>> logits = model(torch.tensor([[5, 6, 7], [8, 9, 10]])).logits  # of two classes, one always has p >= 0.5
+    >>> exit_layers(model)
+    tensor([0, 0])
+
+    ```
+    """
+    options = check_options(options)
+    if "_exits" in model.__dict__ or hasattr(model, "exit_heads"):
+        raise CompressionError(f"This {type(model).__name__} has exits already; detach_exits_(model) takes them off.")
+    layers = _stack(model, options)
+    first = next((p for p in layers.parameters() if p.is_floating_point()), None)
+    if first is None:
+        raise CompressionError(f"{options['stack']!r} has no floating-point parameter that says which dtype its exits have.")
+    state = Exits(options, len(layers), tuple(inspect.signature(model.forward).parameters))
+    with torch.device(first.device):
+        heads = {str(i): ExitHead(options["hidden_size"], options["num_labels"], options["pool"]) for i in options["after"]}
+    std = getattr(getattr(model, "config", None), "initializer_range", None) or 0.02
+    for head in heads.values():
+        nn.init.normal_(head.out.weight, std=std)
+        nn.init.zeros_(head.out.bias)
+    model.exit_heads = nn.ModuleDict(heads).to(first.dtype).train(model.training)
+    model.__dict__["_exits"] = state
+    for index, layer in enumerate(layers):
+        layer.__dict__.update(_exits=state, _exit_index=index)
+        layer.__class__ = _exiting(type(layer))
+    model.register_forward_pre_hook(begin, with_kwargs=True)
+    model.register_forward_hook(end, with_kwargs=True, always_call=True)
+
+
+def detach_exits_(model: nn.Module) -> None:
+    """Take heads, hooks and class swaps off again: the model that was there before.
+
+    Raises:
+        CompressionError: the model has no exits.
+    """
+    state = _state(model)
+    for layer in model.modules():
+        if layer.__dict__.get("_exits") is state and type(layer) in PLAIN:
+            layer.__class__ = PLAIN[type(layer)]
+            del layer.__dict__["_exits"], layer.__dict__["_exit_index"]
+    del model.__dict__["_exits"], model.exit_heads
+    # by function: the handles of a copied model refer to the original's hooks
+    for hooks, name in ((model._forward_pre_hooks, "_forward_pre_hooks"), (model._forward_hooks, "_forward_hooks")):
+        for key in [key for key, hook in hooks.items() if hook in (begin, end)]:
+            del hooks[key]
+            for flags in (f"{name}_with_kwargs", f"{name}_always_called"):
+                getattr(model, flags, {}).pop(key, None)
+
+
+def _stack(model: nn.Module, options: Mapping[str, Any]) -> nn.ModuleList:
+    try:
+        layers = model.get_submodule(options["stack"])
+    except AttributeError:
+        layers = None
+    if not isinstance(layers, nn.ModuleList) or not len(layers):
+        raise CompressionError(
+            f"{options['stack']!r} is no list of layers in this {type(model).__name__}; discover(model) prints its stacks."
+        )
+    if len({id(layer) for layer in layers}) != len(layers):
+        raise CompressionError(f"Layers of {options['stack']!r} are shared; an exit would sit after several of them.")
+    if options["after"][-1] >= len(layers) - 1:
+        raise CompressionError(
+            f"Exits after layers {options['after']}: {options['stack']!r} has {len(layers)} layers, so an exit can sit after "
+            f"layer 0 to {len(layers) - 2} (the last layer has the model's own head)."
+        )
+    return layers
+
+
+# --- read and change ---------------------------------------------------------------------------------------------
+
+
+def _state(model: nn.Module) -> Exits:
+    state = model.__dict__.get("_exits")
+    if state is None:
+        raise CompressionError(f"This {type(model).__name__} has no exits; add some with AddExits or EarlyExitCallback.")
+    return state
+
+
+def exit_options(model: nn.Module) -> dict[str, Any] | None:
+    """The options of a model's exits as they are now, JSON-ready (`attach_exits_` takes them); None where it has none."""
+    state = model.__dict__.get("_exits")
+    return None if state is None else copy.deepcopy(state.options)
+
+
+def exit_layers(model: nn.Module) -> torch.Tensor:
+    """The layer after which each row of the last forward pass left: (rows,), the last layer's index if it never did.
+
+    Raises:
+        CompressionError: the model has no exits, or has not run yet.
+    """
+    left = _state(model).left
+    if left is None:
+        raise CompressionError("No forward pass to report on: run the model first.")
+    return left
+
+
+def set_exits_(
+    model: nn.Module,
+    *,
+    criterion: str | None = None,
+    threshold: float | list[float] | None = None,
+    enabled: bool | None = None,
+) -> None:
+    """Change when rows leave; what is not given stays. Criterion and threshold are saved with the model.
+
+    Args:
+        criterion (`str`, *optional*): `"entropy"`, `"confidence"` or `"patience"`; needs a `threshold` of its own.
+        threshold (`float` or `list`, *optional*): for all exits, or one for each.
+        enabled (`bool`, *optional*): whether rows leave at all. Not saved: a loaded model's exits are on.
+
+    Raises:
+        CompressionError: a value means nothing, or the model has no exits.
+    """
+    state = _state(model)
+    options = dict(state.options)
+    if criterion is not None and criterion != options["criterion"]:
+        options["criterion"] = check_criterion(criterion)
+        if threshold is None:
+            raise CompressionError(f"A threshold of {state.options['criterion']!r} means nothing to {criterion!r}; give both.")
+    if threshold is not None:
+        sizes = options["num_labels"], len(options["after"])
+        options["threshold"] = check_threshold(options["criterion"], threshold, *sizes)
+    if enabled is not None and not isinstance(enabled, bool):
+        raise CompressionError(f"enabled is True or False, got {enabled!r}.")
+    state.enabled = state.enabled if enabled is None else enabled
+    _change(model, state, options)
+
+
+def replace_options_(model: nn.Module, changed: Mapping[str, Any]) -> None:
+    """Change options that say how exits are trained (`distil`, `temperature`, `weights`)."""
+    state = _state(model)
+    _change(model, state, check_options({**state.options, **changed}))
+
+
+def _change(model: nn.Module, state: Exits, options: dict[str, Any]) -> None:
+    if options != state.options:
+        state.options = options
+        for changed in CHANGED:
+            changed(model)
+
+
+@contextmanager
+def exits_off(model: nn.Module) -> Iterator[None]:
+    """No row leaves, and no loss is joined, in any module of `model` while this is open. Does nothing without exits."""
+    states = [m.__dict__["_exits"] for m in model.modules() if "exit_heads" in m._modules and "_exits" in m.__dict__]
+    before = [state.muted for state in states]
+    try:
+        for state in states:
+            state.muted = True
+        yield
+    finally:
+        for state, muted in zip(states, before, strict=True):
+            state.muted = muted
+
+
+@contextmanager
+def collect_exits(model: nn.Module) -> Iterator[list[torch.Tensor]]:
+    """A list that gets, from each forward pass, the logits of every exit and of the final layer: (exits + 1, rows, C).
+
+    All rows go through all layers meanwhile.
+    """
+    state = _state(model)
+    before, state.collected = state.collected, []
+    try:
+        yield state.collected
+    finally:
+        state.collected = before
+
+
+def take_exit_losses(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Mean cross-entropy of each exit (`exit_loss_<layer>`) and of the final layer since the last call; empty if none."""
+    state = _state(model)
+    if state.loss_sum is None:
+        return {}
+    names = [f"exit_loss_{i}" for i in state.options["after"]] + ["final_loss"]
+    means = state.loss_sum / state.loss_count
+    state.loss_sum, state.loss_count = None, 0
+    return dict(zip(names, means, strict=True))

@@ -1,0 +1,211 @@
+"""`QuantizationCallback`: training with rounded weights ends in the model that was trained."""
+
+import copy
+import subprocess
+import sys
+
+import pytest
+import torch
+import transformers as T
+
+import hf_compress as hc
+from hf_compress.quantization import dequantized, is_quantized
+from hf_compress.quantization.fake import fake_, is_fake, observe_, unfake_
+from hf_compress.substitute import sharers
+from tests.trainers import Killer, fingerprint, trainer
+from tests.zoo import build, outputs
+
+
+class Recorder(T.TrainerCallback):
+    """What the model computes when training ends, before the callback after it makes it real."""
+
+    def __init__(self, batch) -> None:
+        self.batch = batch
+
+    def on_train_end(self, args, state, control, model=None, **kwargs):
+        self.rounding = any(is_fake(m) for m in model.modules())
+        training = model.training
+        self.outputs = outputs(model.eval(), self.batch)
+        model.train(training)
+
+
+@pytest.mark.parametrize("bits", [8, 4, 2])
+@pytest.mark.parametrize("family", ["bert", "vit"])
+def test_the_quantized_model_is_the_one_that_was_trained(family, bits, tmp_path, fresh):
+    batch = build(family)[1]
+    recorder, callback = Recorder(batch), hc.QuantizationCallback(bits, every=2)
+    run = trainer(tmp_path, [recorder, callback], family)
+    before = outputs(run.model.eval(), batch)
+    run.train()
+    assert recorder.rounding and not any(is_fake(m) for m in run.model.modules())
+    assert {n for n, m in run.model.named_modules() if is_quantized(m)} == {e.module for e in callback.plan}
+    after = outputs(run.model.eval(), batch)
+    assert (after - before).abs().max() > 1e-2, "nothing was trained"
+    assert (after - recorder.outputs).abs().max() <= 1e-3 * max(1.0, after.abs().max().item())
+    run.save_model(tmp_path / "out")
+    found = fresh.outputs(type(run.model).__name__, tmp_path / "out", batch)
+    assert torch.equal(found["logits"], after)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "t5"])
+def test_a_rounded_model_computes_what_the_quantized_one_does(family):
+    """Conv1D, grouped-query attention, a head tied to the embedding; without a Trainer."""
+    model, batch = build(family)
+    plan = hc.plan_quantization(model, bits=4, group_size=32)
+    real = copy.deepcopy(model)
+    hc.apply_(real, plan)
+    for edit in plan:
+        module = model.get_submodule(edit.module)
+        for one in [module, *(m for _, m in sharers(model, module))]:
+            fake_(one, 4, 32, None)
+            observe_(one)
+    torch.testing.assert_close(outputs(model, batch), outputs(real, batch), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_the_gradient_is_that_of_the_rounded_weight(bits):
+    layer = torch.nn.Linear(16, 8)
+    x, y = torch.randn(5, 16), torch.randn(5, 8)
+    weight = layer.weight
+    fake_(layer, bits, None if bits == 8 else 8, None)
+    observe_(layer)
+    rounded = layer.weight.detach().clone()
+    assert not torch.equal(rounded, weight) and rounded.unique().numel() <= 8 * 2 * 2**bits
+    (layer(x) - y).square().sum().backward()
+    expected = 2 * (x @ rounded.T + layer.bias.detach() - y).T @ x
+    torch.testing.assert_close(weight.grad, expected, atol=1e-4, rtol=1e-4)
+    assert [n for n, _ in layer.named_parameters()] == ["weight", "bias"] and layer.state_dict()["weight"] is not rounded
+    unfake_(layer)
+    assert layer.weight is weight and type(layer) is torch.nn.Linear
+
+
+def test_scales_follow_the_weights_until_they_are_frozen(tmp_path):
+    seen = []
+
+    class Watch(T.TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            module = model.bert.encoder.layer[0].output.dense
+            seen.append(module.hfc_fake["scales"]["weight"][0].clone())
+
+    callback = hc.QuantizationCallback(8, every=2, freeze=0.5)
+    trainer(tmp_path, [callback, Watch()], max_steps=12).train()
+    moved = [not torch.equal(a, b) for a, b in zip(seen, seen[1:], strict=False)]
+    assert moved == [i % 2 == 0 for i in range(5)] + [False] * 6
+    assert torch.equal(callback.plan.tensors["bert.encoder.layer.0.output.dense.weight_scale"], seen[-1])
+
+
+def test_with_a_teacher(tmp_path):
+    teacher = build("bert")[0]
+    student = build("bert")[0]
+    callback = hc.QuantizationCallback(4)
+    run = trainer(
+        tmp_path,
+        [callback],
+        model=student,
+        kind=lambda *a, **k: hc.DistillationTrainer(*a, teacher_model=teacher, **k),
+        arguments=hc.DistillationArguments,
+        alpha_task=0.0,
+        alpha_kd=1.0,
+    )
+    batch = build("bert")[1]
+    quantized = copy.deepcopy(student)
+    hc.apply_(quantized, hc.plan_quantization(quantized, bits=4))
+    run.train()
+    target = outputs(teacher.eval(), batch)
+    assert (outputs(student.eval(), batch) - target).abs().mean() < (outputs(quantized, batch) - target).abs().mean()
+
+
+def test_gradient_accumulation_and_embeddings_train(tmp_path):
+    callback = hc.QuantizationCallback(8)
+    run = trainer(tmp_path, [callback], gradient_accumulation_steps=2, max_steps=4)
+    words = run.model.bert.embeddings.word_embeddings.weight.detach().clone()
+    run.train()
+    now = dequantized(run.model.bert.embeddings.word_embeddings)["weight"]
+    assert (now - words).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("kind", [T.Trainer, hc.CompressionTrainer])
+@pytest.mark.parametrize("family", ["bert", "vit"])
+def test_resume_is_exact(family, kind, tmp_path):
+    saving = {"save_strategy": "steps", "save_steps": 4, "max_steps": 12}
+
+    def stop():
+        raise KeyboardInterrupt
+
+    whole = trainer(tmp_path / "whole", [hc.QuantizationCallback(4, every=3)], family, kind, **saving)
+    whole.train()
+    cut = trainer(tmp_path / "cut", [hc.QuantizationCallback(4, every=3), Killer(6, stop)], family, kind, **saving)
+    with pytest.raises(KeyboardInterrupt):
+        cut.train()
+    assert not any(is_fake(m) for m in cut.model.modules()), "a failed training left rounding behind"
+    again = trainer(tmp_path / "cut", [hc.QuantizationCallback(4, every=3)], family, kind, **saving)
+    again.train(resume_from_checkpoint=True)
+    assert fingerprint(again.model) == fingerprint(whole.model)
+
+
+def test_a_middle_checkpoint_is_an_ordinary_model(tmp_path, plain):
+    run = trainer(tmp_path, [hc.QuantizationCallback(4)], save_strategy="steps", save_steps=4)
+    run.train()
+    batch = build("bert")[1]
+    assert plain.outputs("BertForSequenceClassification", tmp_path / "checkpoint-4", batch)["logits"].isfinite().all()
+
+
+def test_load_best_model(tmp_path):
+    callback = hc.QuantizationCallback(4)
+    run = trainer(
+        tmp_path,
+        [callback],
+        kind=hc.CompressionTrainer,
+        save_strategy="steps",
+        save_steps=4,
+        eval_strategy="steps",
+        eval_steps=4,
+        load_best_model_at_end=True,
+    )
+    run.train()
+    best = T.AutoModelForSequenceClassification.from_pretrained(run.state.best_model_checkpoint).eval()
+    hc.apply_(best, hc.plan_quantization(best, bits=4))
+    batch = build("bert")[1]
+    # the checkpoint's own scales, which may be a few steps older than its weights
+    assert (outputs(run.model.eval(), batch) - outputs(best, batch)).abs().max() < 0.05
+
+
+def test_two_processes_agree(tmp_path):
+    code = "from tests.trainers import *; main('quantized', sys.argv[1])"
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--no-python", sys.executable]
+    subprocess.run([*command, "-c", code, str(tmp_path)], check=True, capture_output=True, timeout=300)
+    import json
+
+    one, two = (json.loads((tmp_path / f"rank{i}" / "result.json").read_text()) for i in (0, 1))
+    assert one == two
+
+
+REFUSED = [
+    ("5 bits", dict(bits=5), "one of 8, 4, 3, 2"),
+    ("start after freeze", dict(bits=8, start=0.5, freeze=0.2), "0 <= start <= freeze <= 1"),
+    ("every 0", dict(bits=8, every=0), "steps >= 1"),
+    ("group with 8", dict(bits=8, group_size=4), "leave group_size out"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), [r[1:] for r in REFUSED], ids=[r[0] for r in REFUSED])
+def test_refused_at_construction(options, message):
+    with pytest.raises(hc.CompressionError, match=message):
+        hc.QuantizationCallback(**options)
+
+
+@pytest.mark.parametrize("order", [0, 1])
+def test_not_beside_pruning(order, tmp_path):
+    callbacks = [hc.PruningCallback(heads=0.5), hc.QuantizationCallback(8)][:: 1 - 2 * order]
+    run = trainer(tmp_path, callbacks)
+    before = fingerprint(run.model)
+    with pytest.raises(hc.CompressionError, match="Train twice: prune first"):
+        run.train()
+    assert fingerprint(run.model) == before and not any(is_fake(m) for m in run.model.modules())
+
+
+def test_a_quantized_model_is_refused(tmp_path):
+    model = build("bert")[0]
+    hc.apply_(model, hc.plan_quantization(model, bits=8))
+    with pytest.raises(hc.CompressionError, match="quantized already"):
+        trainer(tmp_path, [hc.QuantizationCallback(8)], model=model).train()

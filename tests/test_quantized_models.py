@@ -1,0 +1,233 @@
+"""Quantized models of every family: what they compute, what is stored, how they load, what is refused."""
+
+import copy
+import logging
+
+import numpy as np
+import pytest
+import torch
+import transformers as T
+from safetensors import safe_open
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+import hf_compress as hc
+from tests.zoo import FAMILIES, GENERATE, build, outputs
+
+
+def symmetric(weight: np.ndarray) -> np.ndarray:
+    """8 bits: per row, round to 127ths of the largest."""
+    scale = (np.abs(weight).max(1, keepdims=True) / np.float32(127)).astype(np.float32)
+    return np.clip(np.round(weight / scale), -127, 127) * scale
+
+
+def rounded(x: torch.Tensor) -> torch.Tensor:
+    """Activations: per token, 256 steps between its least and its largest value."""
+    low, high = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
+    return low + torch.round((x - low) * (255 / (high - low + 1e-8))) * ((high - low) / 255)
+
+
+def by_hand(model, plan) -> None:
+    """Give a float model the weights, and the rounding of activations, that an int8 plan stands for."""
+    done = set()
+    for edit in plan:
+        module = model.get_submodule(edit.module)
+        if id(module.weight) not in done:
+            done.add(id(module.weight))
+            weight = module.weight.detach().numpy()
+            weight = symmetric(weight.T).T if isinstance(module, Conv1D) else symmetric(weight)
+            module.weight.data.copy_(torch.tensor(np.ascontiguousarray(weight)))
+        if not isinstance(module, nn.Embedding):
+            module.register_forward_pre_hook(lambda m, args: (rounded(args[0]), *args[1:]))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_int8_is_what_numpy_says_and_loads_equal(family, tmp_path, fresh, plain):
+    model, batch = build(family)
+    dense = outputs(model, batch)
+    plan = hc.plan_quantization(model, bits=8)
+    assert hc.Plan.from_dict(plan.to_dict()) == plan and plan.edits
+    reference = copy.deepcopy(model)
+    by_hand(reference, plan)
+    hc.apply_(model, plan)
+    small = outputs(model, batch)
+    spread = dense.abs().max().item()
+    # a rounding that falls the other way somewhere inside moves the output a little; a wrong scale moves it a lot
+    assert (small - outputs(reference, batch)).abs().max() < 0.02 * spread
+    assert 0 < (small - dense).abs().max() < 0.3 * spread
+    model.save_pretrained(tmp_path)
+    found = fresh.outputs(type(model).__name__, tmp_path, batch)
+    assert any(v.shape == small.shape and torch.equal(v, small) for v in found.values())
+    with pytest.raises(RuntimeError, match="mismatch"):
+        plain.outputs(type(model).__name__, tmp_path, batch)
+
+
+@pytest.mark.parametrize("bits", [4, 2])
+@pytest.mark.parametrize("family", ["bert", "gpt2", "llama", "phi3", "t5", "bart", "vit", "whisper", "clip", "deberta_v2"])
+def test_weight_only_is_the_decoded_model(family, bits, tmp_path, fresh, plain):
+    from hf_compress.quantization import dequantized, is_quantized
+
+    model, batch = build(family)
+    reference = copy.deepcopy(model)
+    hc.apply_(model, hc.plan_quantization(model, bits=bits, group_size=32))
+    for name, module in model.named_modules():
+        if is_quantized(module):
+            target = reference.get_submodule(name)
+            weight = dequantized(module)["weight"]
+            target.weight.data.copy_(weight.T if isinstance(target, Conv1D) else weight)
+    small = outputs(model, batch)
+    torch.testing.assert_close(small, outputs(reference, batch), atol=1e-5, rtol=1e-5)
+    model.save_pretrained(tmp_path)
+    found = fresh.outputs(type(model).__name__, tmp_path, batch)
+    assert any(v.shape == small.shape and torch.equal(v, small) for v in found.values())
+    with pytest.raises(RuntimeError, match="mismatch"):
+        plain.outputs(type(model).__name__, tmp_path, batch)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("family", ["gpt2", "t5", "whisper"])
+def test_a_tied_head_stays_tied_and_is_stored_once(family, bits, tmp_path):
+    model, batch = build(family)
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    assert head.weight is embedding.weight
+    hc.apply_(model, hc.plan_quantization(model, bits=bits, group_size=None if bits == 8 else 32))
+    tensors = [k for k in embedding._parameters if k.startswith("weight")]
+    assert all(head._parameters[k] is embedding._parameters[k] for k in tensors) and len(tensors) == (2 if bits == 8 else 3)
+    model.save_pretrained(tmp_path)
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        stored = [k for k in file.keys() if file.get_tensor(k).shape == embedding.weight.shape]  # noqa: SIM118
+    assert len(stored) == 1
+    again = type(model).from_pretrained(tmp_path).eval()
+    head, embedding = again.get_output_embeddings(), again.get_input_embeddings()
+    assert all(head._parameters[k] is embedding._parameters[k] for k in tensors)
+    assert torch.equal(outputs(again, batch), outputs(model, batch))
+    again.save_pretrained(tmp_path / "again")
+    third = type(model).from_pretrained(tmp_path / "again").eval()
+    assert torch.equal(outputs(third, batch), outputs(model, batch))
+
+
+@pytest.mark.parametrize("family", GENERATE)
+def test_generation(family):
+    """A cached step sees one token at a time: per-token rounding gives it what the whole sequence gave."""
+    model, batch = build(family)
+    hc.apply_(model, hc.plan_quantization(model, bits=8))
+    batch = {k: v for k, v in batch.items() if not k.startswith("decoder") and k != "attention_mask"}
+    options = dict(max_new_tokens=6, min_new_tokens=6, do_sample=False, num_beams=1)
+    cached = model.generate(**batch, **options)
+    assert torch.equal(model.generate(**batch, **options, use_cache=False), cached)
+
+
+@pytest.mark.parametrize("family", ["bert", "vit", "llama"])
+def test_a_row_never_depends_on_its_batch_mates(family):
+    model, batch = build(family)
+    hc.apply_(model, hc.plan_quantization(model, bits=8))
+    together = outputs(model, batch)
+    for i in range(len(together)):
+        alone = outputs(model, {k: v[i : i + 1] for k, v in batch.items()})
+        torch.testing.assert_close(alone[0], together[i], atol=2e-3, rtol=2e-3)
+    loud = {k: v.clone() for k, v in batch.items()}
+    key = model.main_input_name
+    loud[key][1] = loud[key][1] * 50 if loud[key].is_floating_point() else loud[key][1].flip(0)
+    assert torch.equal(outputs(model, loud)[0], together[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_half_precision_models(bits, dtype, tmp_path):
+    model, batch = build("bert", dtype)
+    dense = outputs(model, batch)
+    hc.apply_(model, hc.plan_quantization(model, bits=bits))
+    small = outputs(model, batch)
+    assert small.dtype == dtype and (small - dense).abs().max() < 0.5 * dense.abs().max()
+    model.save_pretrained(tmp_path)
+    again = T.AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
+    assert again.dtype == dtype and torch.equal(outputs(again, batch), small)
+    as_float = T.AutoModelForSequenceClassification.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    assert outputs(as_float, batch).dtype == torch.float32
+
+
+@pytest.mark.parametrize(("bits", "embeddings", "least"), [(8, True, 3.5), (4, True, 5.5), (4, False, 1.3)])
+def test_bytes_on_disk(bits, embeddings, least, tmp_path):
+    """Integers are stored packed: a fraction of the float file, embeddings included only if asked for."""
+    config = T.BertConfig(vocab_size=2000, hidden_size=128, num_hidden_layers=2, num_attention_heads=4, intermediate_size=512)
+    model = T.BertForSequenceClassification(config)
+    model.save_pretrained(tmp_path / "dense")
+    hc.apply_(model, hc.plan_quantization(model, bits=bits, embeddings=embeddings))
+    model.save_pretrained(tmp_path / "small")
+    before, after = ((tmp_path / n / "model.safetensors").stat().st_size for n in ("dense", "small"))
+    assert before / after > least
+    assert (type(model.bert.embeddings.word_embeddings) is nn.Embedding) is not embeddings
+
+
+def test_what_stays_in_full_precision_is_said(caplog):
+    model = build("bert")[0]
+    with caplog.at_level(logging.WARNING):
+        logging.getLogger("hf_compress").propagate = True
+        plan = hc.plan_quantization(model, bits=8)
+    assert "classifier" not in {e.module for e in plan}
+    everything = hc.plan_quantization(model, bits=8, skip=None)
+    assert "classifier" in {e.module for e in everything}
+    some = hc.plan_quantization(model, bits=8, skip="attention|embeddings|classifier|pooler", embeddings=True)
+    assert all("intermediate" in e.module or "output.dense" in e.module for e in some) and len(some) == 6
+    assert all("embeddings" not in e.module for e in hc.plan_quantization(model, bits=8, embeddings=False))
+
+
+def test_decoded_once_or_at_each_use(tmp_path):
+    model, batch = build("bert")
+    call = copy.deepcopy(model)
+    hc.apply_(model, hc.plan_quantization(model, bits=4))
+    hc.apply_(call, hc.plan_quantization(call, bits=4, decode="call"))
+    assert torch.equal(outputs(call, batch), outputs(model, batch))
+    dense = call.bert.encoder.layer[0].output.dense
+    assert dense.decode == "call" and not dense._derived and model.bert.encoder.layer[0].output.dense._derived
+    call.save_pretrained(tmp_path)
+    again = type(call).from_pretrained(tmp_path)
+    assert again.bert.encoder.layer[0].output.dense.decode == "call"
+
+
+def test_given_scales_are_used_and_must_fit():
+    model, batch = build("bert")
+    name = "bert.encoder.layer.0.output.dense"
+    scale = torch.full((64, 1), 0.01)
+    plan = hc.Plan([hc.Quantize(name, 8, given=True)], {f"{name}.weight_scale": scale})
+    wrong = hc.Plan([hc.Quantize(name, 8, given=True)], {f"{name}.weight_scale": scale[:5]})
+    before = outputs(model, batch)
+    with pytest.raises(hc.CompressionError, match="must have shape"):
+        hc.apply_(model, wrong)
+    assert torch.equal(outputs(model, batch), before)
+    hc.apply_(model, plan)
+    assert torch.equal(model.get_submodule(name).weight_scale, scale)
+
+
+WORDS = "bert.embeddings.word_embeddings"
+REFUSED = [
+    ("5 bits", lambda m: hc.plan_quantization(m, bits=5), "one of 8, 4, 3, 2, got 5"),
+    ("bits as text", lambda m: hc.plan_quantization(m, bits="8"), "one of 8, 4, 3, 2"),
+    ("groups with 8 bits", lambda m: hc.plan_quantization(m, bits=8, group_size=32), "leave group_size out"),
+    ("group of 1", lambda m: hc.plan_quantization(m, bits=4, group_size=1), ">= 2, got 1"),
+    ("activations at 4 bits", lambda m: hc.plan_quantization(m, bits=4, activations="token"), "must be one of 'none'"),
+    ("unknown activations", lambda m: hc.plan_quantization(m, bits=8, activations="row"), "'token', 'tensor', 'none'"),
+    ("unknown decode", lambda m: hc.plan_quantization(m, bits=4, decode="later"), "'load', 'call'"),
+    ("bad skip", lambda m: hc.plan_quantization(m, bits=8, skip="("), "regular expression"),
+    ("all skipped", lambda m: hc.plan_quantization(m, bits=8, skip=".*"), "outside skip"),
+    ("a layer norm", lambda m: hc.apply_(m, hc.Plan([hc.Quantize("bert.embeddings.LayerNorm")])), "takes a Linear"),
+    ("twice in a plan", lambda m: hc.apply_(m, hc.Plan([hc.Quantize(WORDS), hc.Quantize(WORDS)])), "quantized already"),
+]
+
+
+@pytest.mark.parametrize(("act", "message"), [r[1:] for r in REFUSED], ids=[r[0] for r in REFUSED])
+def test_refused_and_nothing_changed(act, message):
+    model, batch = build("bert")
+    before, config = outputs(model, batch), model.config.to_dict()
+    with pytest.raises(hc.CompressionError, match=message):
+        act(model)
+    assert torch.equal(outputs(model, batch), before) and model.config.to_dict() == config
+
+
+def test_quantizing_twice_is_refused():
+    model, batch = build("bert")
+    hc.apply_(model, hc.plan_quantization(model, bits=8))
+    before = outputs(model, batch)
+    with pytest.raises(hc.CompressionError, match="quantized already"):
+        hc.plan_quantization(model, bits=4)
+    assert torch.equal(outputs(model, batch), before)
