@@ -16,7 +16,7 @@ from torch import nn
 from transformers import AutoConfig, BitsAndBytesConfig, PretrainedConfig, TorchAoConfig
 from transformers.quantizers.auto import AutoHfQuantizer, AutoQuantizationConfig
 from transformers.quantizers.base import HfQuantizer
-from transformers.utils import is_bitsandbytes_available, is_torchao_available
+from transformers.utils.import_utils import is_bitsandbytes_available, is_torchao_available
 
 from .edits import CompressionError
 from .layout import finish_replayed
@@ -80,8 +80,8 @@ def with_quantizer(
     if name is None:
         raise CompressionError(
             "Inside a compressed checkpoint goes a BitsAndBytesConfig or a TorchAoConfig, got "
-            f"{type(quantization_config).__name__}. For any other method save the pruned model in the stock tier (uniform=True), "
-            "which takes every quantization_config."
+            f"{type(quantization_config).__name__}. For any other method prune into the stock tier (uniform=True), which takes "
+            "every quantization_config."
         )
     _check_installed(name)
     if isinstance(quantization_config, BitsAndBytesConfig) and not quantization_config.is_quantizable():
@@ -95,12 +95,13 @@ def with_quantizer(
             f"{where} is a stock checkpoint: any transformers loads it, and quantizes it while it does. Pass "
             "quantization_config=... to from_pretrained itself."
         )
-    record = AutoQuantizationConfig.from_dict(record) if isinstance(record, dict) else record
-    found = getattr(record, "inner", record.quant_method)
-    if found is not None:
-        method = found["quant_method"] if isinstance(found, dict) else getattr(found, "value", found)
+    method = record.get("quant_method") if isinstance(record, dict) else record.quant_method
+    if method == "hf_compress":
+        record = AutoQuantizationConfig.from_dict(record) if isinstance(record, dict) else record
+        method = record.inner and record.inner["quant_method"]
+    if method is not None:
         raise CompressionError(
-            f"{where} is quantized with {method} already; quantizing twice loses more than once. Start from the pruned "
+            f"{where} is quantized with {getattr(method, 'value', method)} already; quantizing twice loses more than once. Start from the pruned "
             "checkpoint in float."
         )
     _check_record(record, name)
@@ -123,7 +124,7 @@ def check_inner(inner: Any) -> None:
 def around(outer: Any) -> HfQuantizer:
     """The other method's quantizer for a record with `inner` (the weights are in it) or `order` (they will be)."""
     record = outer.quantization_config
-    name = record.inner["quant_method"] if record.order is None else _method(record.order)
+    name: Any = record.inner["quant_method"] if record.order is None else _method(record.order)
     _check_installed(name)
     _check_record(record, name)
     try:
@@ -245,11 +246,8 @@ def _check_blocks(model: nn.Module, device_map: Any) -> None:
     devices = {str(device) for device in device_map.values()} if isinstance(device_map, dict) else set()
     if torch.accelerator.is_available() and "cpu" not in devices:
         return
-    wrong = [
-        (name, module.in_features)
-        for name, module in model.named_modules()
-        if type(module).__name__ == "Linear4bit" and module.in_features % (getattr(module.weight, "blocksize", 0) or 64)
-    ]
+    layers: list[tuple[str, Any]] = [(n, m) for n, m in model.named_modules() if type(m).__name__ == "Linear4bit"]
+    wrong = [(n, m.in_features) for n, m in layers if m.in_features % (getattr(m.weight, "blocksize", None) or 64)]
     if wrong:
         shown = ", ".join(f"{name} ({size})" for name, size in wrong[:6])
         raise CompressionError(
@@ -278,6 +276,6 @@ def _check_record(record: Any, name: str) -> None:
     ]
     if ours:
         raise CompressionError(
-            f"{ours[0]!r} and {len(ours) - 1} more modules of this checkpoint are quantized by hf_compress already; {name} on top "
-            "would quantize twice. Start from the pruned checkpoint in float."
+            f"{len(ours)} modules of this checkpoint are quantized by hf_compress already ({ours[0]}, ...); {name} on top would "
+            "quantize them twice. Start from the pruned checkpoint in float."
         )

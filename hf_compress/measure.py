@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import random
@@ -18,10 +19,13 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
+from transformers.pytorch_utils import Conv1D
 
 from .discover import discover
 from .edits import CompressionError
 from .probe import quiet_run
+from .quantization import is_quantized
+from .quantization.kernels import has_integer_kernels
 
 Metrics = Mapping[str, float] | Callable[[nn.Module], Mapping[str, float]] | None
 
@@ -121,11 +125,13 @@ def measure(
 
     - *Parameters* in total and without embeddings (a small encoder is half embeddings); *bytes* as safetensors holds
       them, tied weights once.
-    - *MACs*: half the floating-point operations that torch's own counter sees in one forward pass, attention included.
+    - *MACs*: half the operations that torch's own counter sees in one forward pass, attention included, and those of
+      integer kernels.
     - *Latency*: median and quartiles over `repeats` forward passes after `warmup`; with a baseline, the two take turns,
       the order changing at random, and the speed-up is the median over pairs with a 95% bootstrap interval.
     - *What Amdahl's law allows*: the baseline's time `T` is split over its modules by timing hooks; a module that was
-      cut keeps the share `r` of its work (MACs; for attention itself, heads), one that was not keeps all:
+      cut keeps the share `r` of its work (MACs, a quarter where int8 multiplies int8; for attention itself, heads), one
+      that was not keeps all:
       `T / sum(t_i * r_i)` (Amdahl 1967). The achieved speed-up usually lies below it; above, where a cut helps caches.
 
     Args:
@@ -173,7 +179,7 @@ def measure(
         raise CompressionError(f"repeats must be a whole number >= 1 and warmup >= 0, got {repeats!r} and {warmup!r}.")
     models = [model] if against is None else [model, against]
     with ExitStack() as stack:
-        runs = [_runner(stack.enter_context(quiet_run(m)), m, inputs) for m in models]
+        runs = [_runner(stack.enter_context(quiet_run(m, exits=True)), m, inputs) for m in models]
         times = _take_turns(runs, repeats, warmup)
         costs = [_cost(m, run, t) for m, run, t in zip(models, runs, times, strict=True)]
         speedup = interval = allowed = None
@@ -198,27 +204,53 @@ def _runner(run: Callable[..., Any], model: nn.Module, inputs: Mapping[str, Any]
 
 
 def _cost(model: nn.Module, run: Callable[[], Any], times: list[float]) -> Cost:
-    unique = {id(p): p for p in model.parameters()}
+    unique = {id(p): n for module in model.modules() for p, n in _numbers(module)}
     embedded = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
     stored: dict[tuple[int, int], int] = {}
     for tensor in model.state_dict().values():
         stored[(tensor.untyped_storage().data_ptr(), tensor.storage_offset())] = tensor.numel() * tensor.element_size()
     quartiles = statistics.quantiles(times, n=4) if len(times) > 1 else [times[0]] * 3
     return Cost(
-        parameters=sum(p.numel() for p in unique.values()),
-        parameters_encoder=sum(p.numel() for i, p in unique.items() if i not in embedded),
+        parameters=sum(unique.values()),
+        parameters_encoder=sum(n for i, n in unique.items() if i not in embedded),
         bytes=sum(stored.values()),
-        macs=_macs(run),
+        macs=_macs(model, run),
         latency=Latency(statistics.median(times), quartiles[0], quartiles[2], len(times)),
     )
 
 
-def _macs(run: Callable[[], Any]) -> int:
+def _numbers(module: nn.Module) -> list[tuple[nn.Parameter, int]]:
+    """A module's own parameters, with how many numbers of the model each holds: packed ones hold several a byte."""
+    if not is_quantized(module):
+        return [(p, p.numel()) for p in module.parameters(recurse=False)]
+    shapes: dict[str, Any] = module._shapes()  # type: ignore[operator,assignment]
+    found = {key: math.prod(shapes[key]) for key in shapes}
+    return [(p, found.get(key, p.numel() if key == "bias" else 0)) for key, p in module._parameters.items() if p is not None]
+
+
+def _macs(model: nn.Module, run: Callable[[], Any]) -> int:
     """Multiply-accumulates of one forward pass."""
+    integers = 0
+
+    def count(module: Any, args: Any, output: torch.Tensor) -> None:
+        nonlocal integers
+        rows = output.numel() // max(1, output.shape[-1])
+        integers += rows * sum(math.prod(shape) for shape in module._shapes().values())
+
     counter = FlopCounterMode(display=False)
-    with counter, sdpa_kernel(SDPBackend.MATH):  # the fused CPU kernels are not known to the counter
+    with ExitStack() as stack:
+        for module in model.modules():
+            if _multiplies_integers(module):  # a kernel that the counter does not know
+                stack.callback(module.register_forward_hook(count).remove)
+        stack.enter_context(counter)
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))  # the fused CPU kernels are not known to it either
         run()
-    return counter.get_total_flops() // 2
+    return counter.get_total_flops() // 2 + integers
+
+
+def _multiplies_integers(module: nn.Module) -> bool:
+    on_cpu = all(p.device.type == "cpu" for p in module.parameters(recurse=False))
+    return is_quantized(module) and getattr(module, "activations", None) is not None and on_cpu and has_integer_kernels()
 
 
 def _take_turns(runs: list[Callable[[], Any]], repeats: int, warmup: int) -> list[list[float]]:
@@ -316,13 +348,7 @@ def _output_sizes(model: nn.Module, run: Callable[[], Any]) -> dict[str, float]:
             tensor = output if isinstance(output, torch.Tensor) else None
             if tensor is None:
                 return
-            weight = getattr(module, "weight", None)
-            depth = weight.numel() / weight.shape[0] if isinstance(weight, torch.Tensor) and weight.ndim > 1 else 1.0
-            if isinstance(module, nn.Embedding):
-                depth = 1.0
-            elif type(module).__name__ in ("Conv1D", "GatedConv1D") and isinstance(weight, torch.Tensor):
-                depth = float(weight.shape[0])
-            sizes[name] = sizes.get(name, 0.0) + tensor.numel() * depth
+            sizes[name] = sizes.get(name, 0.0) + tensor.numel() * _depth(module)
 
         hooks.append(module.register_forward_hook(after))
     try:
@@ -331,6 +357,20 @@ def _output_sizes(model: nn.Module, run: Callable[[], Any]) -> dict[str, float]:
         for hook in hooks:
             hook.remove()
     return sizes
+
+
+def _depth(module: nn.Module) -> float:
+    """Multiplications per output of a module with weights, 1 for others."""
+    weights = [p for p in module.parameters(recurse=False) if p.ndim > 1]
+    if isinstance(module, nn.Embedding) or not weights:
+        return 1.0
+    if is_quantized(module):
+        shapes: list[Any] = list(module._shapes().values())  # type: ignore[operator]
+        # VNNI multiplies four pairs of bytes where AVX-512 multiplies one of floats
+        return sum(math.prod(shape) for shape in shapes) / shapes[-1][0] / (4 if _multiplies_integers(module) else 1)
+    if isinstance(module, Conv1D):
+        return float(weights[0].shape[0])
+    return sum(p.numel() for p in weights) / weights[0].shape[0]
 
 
 def _metrics(metrics: Metrics, model: nn.Module | None) -> dict[str, float]:

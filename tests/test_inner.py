@@ -369,7 +369,7 @@ def test_a_package_that_is_not_installed_is_named(tmp_path, monkeypatch):
         type(model).from_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize("value", [{"quant_method": "gptq"}, {}, "torchao_", 3])
+@pytest.mark.parametrize("value", [{"quant_method": "gptq"}, {"quant_method": []}, {}, "torchao", 3])
 def test_an_unknown_inner_config_in_a_file_is_refused(value):
     with pytest.raises(hc.CompressionError, match="knows bitsandbytes, torchao"):
         HfCompressConfig(None, {"modules": {}}, inner=value)

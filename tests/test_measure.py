@@ -106,3 +106,43 @@ def test_metrics_may_be_a_function_and_the_model_is_left_alone():
 def test_refusals(inputs, options, message):
     with pytest.raises(hc.CompressionError, match=message):
         hc.measure(nn.Linear(1, 1), inputs, **options)
+
+
+@pytest.mark.parametrize(
+    "options", [{"bits": 8}, {"bits": 8, "activations": "tensor"}, {"bits": 4}, {"bits": 2, "decode": "call"}]
+)
+@pytest.mark.parametrize("family", ["bert", "gpt2", "vit"])
+def test_a_quantized_model_has_the_numbers_and_the_work_of_the_float_one(family, options):
+    dense, batch = build(family)
+    small = build(family)[0]
+    hc.apply_(small, hc.plan_quantization(small, **options))
+    report = hc.measure(small, batch, against=dense, repeats=1, warmup=0)
+    assert report.model.parameters == report.against.parameters
+    assert report.model.parameters_encoder == report.against.parameters_encoder
+    assert report.model.macs == report.against.macs
+    assert report.model.bytes < report.against.bytes / 2
+
+
+def test_work_of_low_rank_layers():
+    dense, batch = build("bert")
+    small = build("bert")[0]
+    plan = hc.plan_low_rank(small, rank=4)
+    saved = sum(
+        4 * sum(small.get_submodule(e.module).weight.shape) - small.get_submodule(e.module).weight.numel() for e in plan
+    )
+    hc.apply_(small, plan)
+    report = hc.measure(small, batch, against=dense, repeats=1, warmup=0)
+    assert report.model.parameters - report.against.parameters == saved
+    assert report.model.macs - report.against.macs == saved * batch["input_ids"].numel()
+    quantized = build("bert")[0]
+    hc.apply_(quantized, plan + hc.Plan([hc.Quantize(e.module) for e in plan]))
+    again = hc.measure(quantized, batch, repeats=1, warmup=0)
+    assert (again.model.parameters, again.model.macs) == (report.model.parameters, report.model.macs)
+
+
+def test_exits_are_on_while_they_are_measured():
+    dense, batch = build("bert")
+    small = build("bert")[0]
+    hc.apply_(small, hc.Plan([hc.AddExits([0], threshold=0.5)]))  # of two classes one has that much: all leave
+    report = hc.measure(small, batch, against=dense, repeats=1, warmup=0)
+    assert report.model.macs < report.against.macs / 2
