@@ -2,11 +2,18 @@
 
 from . import loader as _loader  # noqa: F401  registers the loader with transformers
 from .discover import Structure, discover
-from .distillation import DistillationArguments, DistillationMixin, DistillationTrainer, init_student
+from .distillation import (
+    DistillationArguments,
+    DistillationMixin,
+    DistillationTrainer,
+    Seq2SeqDistillationArguments,
+    init_student,
+)
 from .edits import AddExits, CompressionError, DepthwiseSeparable, KeepHeads, KeepLayers, KeepNeurons, LowRank, Quantize
 from .exits import exit_layers, set_exits_
 from .exits.callback import EarlyExitCallback
 from .exits.tune import tune_exits_
+from .inner import with_quantizer
 from .masking import Mask
 from .measure import Report, measure
 from .plan import Plan
@@ -36,6 +43,7 @@ __all__ = [
     "QuantizationCallback",
     "Quantize",
     "Report",
+    "Seq2SeqDistillationArguments",
     "Structure",
     "apply_",
     "discover",
@@ -49,6 +57,7 @@ __all__ = [
     "plan_quantization",
     "set_exits_",
     "tune_exits_",
+    "with_quantizer",
 ]
 
 __version__ = "0.1.0"

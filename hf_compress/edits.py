@@ -283,7 +283,8 @@ class AddExits:
             2020) or `"patience"` (PABEE, Zhou et al. 2020); see `hf_compress.exits.CRITERIA`.
         threshold (`float` or `Sequence[float]`, *optional*): for all exits, or one for each. A default per criterion;
             `tune_exits_` finds one that fits.
-        pool (`str`, *optional*): what heads read: `"first"`, `"mean"` or `"last"`; what the model's own head reads if left out.
+        pool (`str`, *optional*): what heads read: `"first"`, `"mean"` or `"last"` token. If left out, the last token where
+            the model's own head reads that, else the mean of the real tokens.
         distil (`float`, defaults to 0.0): weight of self-distillation from the last layer while training, in [0, 1].
         temperature (`float`, defaults to 2.0): of self-distillation.
         weights (`str` or `Sequence[float]`, defaults to `"depth"`): how the losses of exits are weighted while training.

@@ -88,7 +88,7 @@ def with_quantizer(
         raise CompressionError("This BitsAndBytesConfig quantizes nothing: set load_in_4bit=True or load_in_8bit=True.")
     given = isinstance(checkpoint, PretrainedConfig)
     config = copy.deepcopy(checkpoint) if given else AutoConfig.from_pretrained(checkpoint, **kwargs)
-    record = getattr(config, "quantization_config", None)
+    record: Any = getattr(config, "quantization_config", None)
     where = type(config).__name__ if given else str(checkpoint)
     if record is None:
         raise CompressionError(
@@ -101,11 +101,12 @@ def with_quantizer(
         method = record.inner and record.inner["quant_method"]
     if method is not None:
         raise CompressionError(
-            f"{where} is quantized with {getattr(method, 'value', method)} already; quantizing twice loses more than once. Start from the pruned "
-            "checkpoint in float."
+            f"{where} is quantized with {getattr(method, 'value', method)} already; quantizing twice loses more than once. "
+            "Start from the pruned checkpoint in float."
         )
-    _check_record(record, name)
-    ordered: Any = type(record)(record.plan_dict, record.layout_text, record.masks_dict)
+    before: Any = record
+    _check_record(before, name)
+    ordered = type(before)(before.plan_dict, before.layout_text, before.masks_dict)
     ordered.order = copy.deepcopy(quantization_config)
     config.quantization_config = ordered
     return config
@@ -276,6 +277,6 @@ def _check_record(record: Any, name: str) -> None:
     ]
     if ours:
         raise CompressionError(
-            f"{len(ours)} modules of this checkpoint are quantized by hf_compress already ({ours[0]}, ...); {name} on top would "
-            "quantize them twice. Start from the pruned checkpoint in float."
+            f"{len(ours)} modules of this checkpoint are quantized by hf_compress already ({ours[0]}, ...); {name} on top "
+            "would quantize them twice. Start from the pruned checkpoint in float."
         )

@@ -20,6 +20,7 @@ from .kinds import SEPARABLE, largest_rank, not_separable
 from .modules import LockedLinear, LowRankLinear, dense_weight, is_gated, width
 from .plan import Plan
 from .probe import probing, quiet_run, use_of_weights
+from .refusals import check_foreign
 
 logger = logging.get_logger(__name__)
 
@@ -260,6 +261,7 @@ def _loaded(model: Any) -> nn.Module:
     model = getattr(model, "_orig_mod", model)  # torch.compile
     if any(p.is_meta for p in model.parameters()):
         raise CompressionError("The model is on the meta device and has no weights; load it first.")
+    check_foreign(model)
     return model
 
 

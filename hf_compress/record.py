@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from .cutting import Undo
 from .discover import discover
 from .edits import CompressionError
-from .exits.runtime import exit_options
+from .exits.runtime import CHANGED, exit_options
 from .layout import gates_of, layers_differ, merge, skeleton, stock_numbers, unrecorded
 from .loader import HfCompressConfig, compression_of
 from .masking import masks_in
@@ -136,7 +136,10 @@ def _lock(owner: PreTrainedModel, layout: dict, undo: Undo) -> None:
 
 def record_exits_(model: PreTrainedModel) -> None:
     """Write the criterion and thresholds that a model's exits have now into its config, so that they are saved."""
-    record, options = compression_of(model.config), exit_options(model)
-    if record is not None and options is not None and "exits" in record.layout:
+    record, options = getattr(model.config, "quantization_config", None), exit_options(model)
+    if isinstance(record, HfCompressConfig) and options is not None and "exits" in record.layout:
         layout = {**record.layout, "exits": options}
-        model.config.quantization_config = HfCompressConfig(record.plan_dict, layout, record.masks_dict)
+        model.config.quantization_config = HfCompressConfig(record.plan_dict, layout, record.masks_dict, inner=record.inner)
+
+
+CHANGED.append(record_exits_)  # type: ignore[arg-type]

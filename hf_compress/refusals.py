@@ -7,8 +7,16 @@ from torch.nn.utils import parametrize, prune
 
 from .cutting import Cut, is_plain_linear
 from .edits import CompressionError
+from .loader import compression_of
 from .masking import skip_layer
 from .modules import is_gated
+from .probe import owners_in
+
+
+def check_foreign(model: nn.Module) -> None:
+    """Refuse models whose weights another library has packed (bitsandbytes, torchao, GPTQ, ...)."""
+    for _, owner in owners_in(model):
+        compression_of(owner.config)
 
 
 def check_weights(name: str, module: nn.Module) -> None:

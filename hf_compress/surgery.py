@@ -21,7 +21,7 @@ from .plan import Plan
 from .probe import difference, owners_in, probing, tensors_in, tolerance
 from .prove import prove
 from .record import stamp_
-from .refusals import check_adapters, check_masks, check_modules, check_sharing
+from .refusals import check_adapters, check_foreign, check_masks, check_modules, check_sharing
 from .resolve import Resolved, resolve
 from .stacks import config_numbers, remove_layers_
 from .substitute import Substitution, names_given, substitute_
@@ -63,6 +63,7 @@ def mask_(model: nn.Module, plan: Plan) -> Mask:
     ```
     """
     model = _unwrapped(model)
+    check_foreign(model)
     resolved = resolve(model, plan)
     check_modules(model, resolved.cuts)
     return Mask(model, resolved)
@@ -110,6 +111,7 @@ def apply_(model: nn.Module, plan: Plan, *, inputs: Mapping[str, Any] | None = N
     ```
     """
     outer, model = model, _unwrapped(model)
+    check_foreign(model)
     _check_tensors(plan)
     undo: Undo = []
     try:
@@ -209,6 +211,7 @@ def prove_plan(model: nn.Module, plan: Plan, inputs: Mapping[str, Any] | None = 
         how units were found to lie in fused projections, by the path of the projection.
     """
     model = _unwrapped(model)
+    check_foreign(model)
     resolved = resolve(model, plan)
     check_modules(model, resolved.cuts)
     check_sharing(model, resolved.cuts)

@@ -14,6 +14,7 @@ from ..cutting import Block
 from ..discover import Structure, discover
 from ..edits import CompressionError
 from ..plan import Plan
+from ..refusals import check_foreign
 from ..surgery import prove_plan
 from .scores import SCORES
 from .select import (
@@ -97,6 +98,7 @@ def plan_pruning(
     if batches is not None and (isinstance(batches, str | Mapping | torch.Tensor) or not isinstance(batches, Iterable)):
         raise CompressionError(f"batches must be a sequence of dicts, as for model(**batch), got {type(batches).__name__}.")
     model = getattr(model, "_orig_mod", model)  # torch.compile
+    check_foreign(model)
     structure = discover(model)
     if any(p.is_meta for p in model.parameters()):
         raise CompressionError("The model is on the meta device and has no weights to score; load it first.")

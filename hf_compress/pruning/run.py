@@ -22,6 +22,7 @@ from ..masking import masks_in
 from ..modules import factor, gate_, is_gated, ungate_
 from ..plan import Plan
 from ..probe import NoInputs, owners_in
+from ..refusals import check_foreign
 from ..surgery import apply_, prove_plan
 from .schedules import SCHEDULES
 from .scores import SCORES
@@ -51,6 +52,7 @@ class PruningRun:
         inputs: Mapping[str, Any] | None,
     ) -> None:
         self.model, self.options, self.trainer = model, options, trainer
+        check_foreign(model)
         self.how = SCORES[options["score"]]
         self.structure: Structure = discover(model)
         self.blocks: list[Block] = [

@@ -123,7 +123,7 @@ class QuantizationCallback(TrainerCallback):
         self._planned = list(plan_quantization(model, **self.options))
         self._model, self._trainer, self.plan = model, trainer, None
         self._modules, self._frozen = {}, False
-        checkpoint = None if trainer is None else resumed_from(trainer)
+        checkpoint: Any = None if trainer is None else resumed_from(trainer)
 
         def enter() -> None:
             if not self._modules and state.global_step >= round(self.start * state.max_steps):
@@ -169,7 +169,7 @@ class QuantizationCallback(TrainerCallback):
 
     # --- rounding ----------------------------------------------------------------------------------------------
 
-    def _round(self, checkpoint: str | None) -> None:
+    def _round(self, checkpoint: Any) -> None:
         for edit in self._planned:
             module = self._model.get_submodule(edit.module)
             for name, sharer in [(edit.module, module), *sharers(self._model, module)]:
@@ -197,7 +197,7 @@ class QuantizationCallback(TrainerCallback):
                     found[f"{edit.module}.{key}_zero"] = zero.cpu().contiguous()
         return found
 
-    def _load(self, checkpoint: str) -> bool:
+    def _load(self, checkpoint: Any) -> bool:
         """The scales that were saved with a checkpoint; False where it was saved before rounding began."""
         path = Path(checkpoint) / SCALES_FILE
         if not path.is_file():

@@ -78,11 +78,11 @@ def quantize(
     ```python
     >>> import torch
     >>> from hf_compress.quantization import dequantize, quantize
-    >>> integers, scale, zero = quantize(torch.tensor([[-1.0, 0.0, 0.5, 2.0]]), bits=4, group_size=4)
-    >>> integers
-    tensor([[ 0,  5,  8, 15]], dtype=torch.uint8)
+    >>> integers, scale, zero = quantize(torch.tensor([[-1.5, 0.0, 0.25, 2.25]]), bits=4, group_size=4)
+    >>> integers, scale, zero
+    (tensor([[ 0,  6,  7, 15]], dtype=torch.uint8), tensor([[0.2500]], dtype=torch.float16), tensor([[96]], dtype=torch.uint8))
     >>> dequantize(integers, scale, zero, group_size=4)
-    tensor([[-1.0000,  0.0000,  0.6001,  2.0005]])
+    tensor([[-1.5000,  0.0000,  0.2500,  2.2500]])
 
     ```
     """

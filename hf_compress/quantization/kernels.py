@@ -39,14 +39,15 @@ def prepare(weight: torch.Tensor, scale: torch.Tensor, activations: str = "token
 def int8_linear(x: torch.Tensor, prepared: Prepared, bias: torch.Tensor | None, activations: str = "token") -> torch.Tensor:
     """The product of a prepared weight with `(rows, in)` activations, in float32."""
     rows, size = x.shape
-    x = x.float().contiguous()
+    if x.dtype is not torch.float32 or not x.is_contiguous():
+        x = x.float().contiguous()
     if activations == "tensor":
         integers, scale, low = _rounded(x.view(1, -1))
         integers = integers[:, :-TAIL].view(rows, size)
     else:
         integers, scale, low = _rounded(x)
     y = _product(integers, prepared)
-    y = y.mul_(scale) if bias is None else torch.addcmul(bias.float(), y, scale, out=y)
+    y = y.mul_(scale) if bias is None else torch.addcmul(bias if bias.dtype is y.dtype else bias.float(), y, scale, out=y)
     return y.addcmul_(low, prepared.sums)
 
 

@@ -65,15 +65,16 @@ class _Quantized:
 
     def _derive(self, name: str, kind: Any, make: Any) -> Any:
         """What `make()` gives, kept until a tensor of this name is another one or has been written to."""
-        sources = [self._parameters[name + suffix] for suffix in ("", "_scale", "_zero") if name + suffix in self._parameters]
+        compiling = torch.compiler.is_compiling()
         found = self._derived.get((name, kind))
-        if found is not None and (torch.compiler.is_compiling() or _unchanged(sources, found[0])):
+        if found is not None and (compiling or all(self._parameters[key] is p and _version(p) == v for key, p, v in found[0])):
             return found[1]
-        if torch.compiler.is_compiling():
+        if compiling:
             return make()
         with torch.inference_mode(False), torch.no_grad():  # kept for forwards with gradients too
             value = make()
-        self._derived[name, kind] = [(source, _version(source)) for source in sources], value
+        keys = [key for key in (name, f"{name}_scale", f"{name}_zero") if key in self._parameters]
+        self._derived[name, kind] = [(key, self._parameters[key], _version(self._parameters[key])) for key in keys], value
         return value
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
@@ -117,14 +118,15 @@ class QuantizedLinear(_Quantized, nn.Linear):
         how = self.activations
         if how is None or not x.is_cpu or not x.numel() or size > MOST_INPUTS or not has_integer_kernels():
             return self._float_value(x, name, bias)
-        flat = x.reshape(-1, size)
+        flat = x if x.ndim == 2 else x.reshape(-1, size)
         weight, scale = self._parameters[name], self._parameters[f"{name}_scale"]
         if torch.compiler.is_compiling():
             y = int8_linear_traced(flat, weight[0], scale, bias, how)
         else:
             prepared = self._derive(name, "prepared", lambda: prepare(weight.detach()[0], scale.detach(), how))
             y = int8_linear(flat, prepared, bias, how)
-        return y.to(x.dtype).view(*x.shape[:-1], out)
+        y = y if y.dtype is x.dtype else y.to(x.dtype)
+        return y if x.ndim == 2 else y.view(*x.shape[:-1], out)
 
     def _float_value(self, x: torch.Tensor, name: str, bias: torch.Tensor | None) -> torch.Tensor:
         x = x if self.activations is None else fake_quantize_rows(x, self.activations)
@@ -350,7 +352,3 @@ def _given(
 
 def _version(tensor: torch.Tensor) -> int:
     return -1 if tensor.is_inference() else tensor._version
-
-
-def _unchanged(sources: list[torch.Tensor], seen: list[tuple[torch.Tensor, int]]) -> bool:
-    return all(a is b and _version(a) == version for a, (b, version) in zip(sources, seen, strict=True))
