@@ -3,7 +3,8 @@
     python scripts/benchmark_kernels.py --output runs/kernels.json --table docs/int8.md
 
 Everything is timed in turn, in rounds, and given as the median over rounds of (dense fp32 eager / candidate), so that a
-machine that slows down for a while slows all alike. torchao and ONNX Runtime take part where they are installed:
+machine that slows down for a while slows all alike. With one thread the clock is the thread's own time, which other work on
+the machine does not enter; with several it is the wall clock, and the machine must be quiet. torchao and ONNX Runtime take part where they are installed:
 `pip install torchao onnx onnxruntime onnxscript`.
 """
 
@@ -67,19 +68,23 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
+    clock = time.thread_time if args.threads == 1 else time.perf_counter
     result: dict[str, Any] = {"conditions": conditions(args.threads, args.rounds), "linear": [], "model": []}
     with torch.no_grad():
         for rows in ROWS:
             for size, out in SHAPES:
                 x = torch.randn(rows, size)
-                found = compare(linear_candidates(nn.Linear(size, out), args.threads), (x,), args.rounds)
+                found = compare(linear_candidates(nn.Linear(size, out), args.threads), (x,), args.rounds, clock)
                 result["linear"].append({"rows": rows, "in": size, "out": out, "candidates": found})
                 show(f"{rows} x {size} -> {out}", found)
         for name, model in (("dense", minilm()), ("half pruned", half_pruned(minilm()))):
             for batch, length in BATCHES:
                 ids = torch.randint(1000, 20000, (batch, length))
                 found = compare(
-                    model_candidates(model, ids, args.threads, not args.no_compile), (ids, torch.ones_like(ids)), args.rounds
+                    model_candidates(model, ids, args.threads, not args.no_compile),
+                    (ids, torch.ones_like(ids)),
+                    args.rounds,
+                    clock,
                 )
                 result["model"].append({"model": name, "batch": batch, "length": length, "candidates": found})
                 show(f"MiniLM {name} {batch} x {length}", found)
@@ -96,23 +101,25 @@ def main() -> None:
 # --- timing ------------------------------------------------------------------------------------------------------
 
 
-def compare(candidates: dict[str, tuple[str, Run]], inputs: tuple[torch.Tensor, ...], rounds: int) -> dict[str, Any]:
+def compare(
+    candidates: dict[str, tuple[str, Run]], inputs: tuple[torch.Tensor, ...], rounds: int, clock: Callable[[], float]
+) -> dict[str, Any]:
     """Median milliseconds, the median ratio to the first of the same round, and the error relative to the first."""
     for _, run in candidates.values():
         for _ in range(3):
             run(*inputs)
     expected = next(iter(candidates.values()))[1](*inputs)
-    start = time.perf_counter()
+    start = clock()
     expected = next(iter(candidates.values()))[1](*inputs)
-    repeats = max(1, int(2e-3 / max(time.perf_counter() - start, 1e-6)))  # a round of a small layer is several calls
+    repeats = max(1, int(2e-3 / max(clock() - start, 1e-6)))  # a round of a small layer is several calls
     times: dict[str, list[float]] = {name: [] for name in candidates}
     for _ in range(rounds):
         for name, (_, run) in candidates.items():
             run(*inputs)  # the one before may have left the caches to others
-            start = time.perf_counter()
+            start = clock()
             for _ in range(repeats):
                 run(*inputs)
-            times[name].append((time.perf_counter() - start) / repeats)
+            times[name].append((clock() - start) / repeats)
     first = torch.tensor(next(iter(times.values())))
     return {
         name: {
@@ -311,7 +318,8 @@ def markdown(result: dict[str, Any]) -> str:
     lines = [
         "# int8 on the CPU: what was measured",
         "",
-        f"Written by `scripts/benchmark_kernels.py` on {told['cpu']} ({', '.join(told['vnni'])}), {told['threads']} threads, "
+        f"Written by `scripts/benchmark_kernels.py` on {told['cpu']} ({', '.join(told['vnni'])}), "
+        f"{'1 thread (time of the thread)' if told['threads'] == 1 else str(told['threads']) + ' threads (wall clock)'}, "
         f"load average {told['load']}, {versions}, Python {told['python']}. Numbers are speed-ups over dense fp32 in eager "
         f"PyTorch: the median over {told['rounds']} rounds, in each of which everything ran in turn.{skipped}",
         "",

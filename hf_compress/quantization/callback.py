@@ -145,7 +145,7 @@ class QuantizationCallback(TrainerCallback):
             self._frozen = self._is_late(state)
 
     def on_save(self, args, state, control, **kwargs):
-        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        folder = Path(args.output_dir or ".") / f"checkpoint-{state.global_step}"
         if self._modules and state.is_world_process_zero and folder.is_dir():
             save_file({**self._tensors(), "frozen": torch.tensor(self._frozen)}, os.fspath(folder / SCALES_FILE))
 
