@@ -7,7 +7,7 @@ WORKERS ?= 2
 
 $(VENV)/.installed: setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install -c constraints.txt -e '.[dev,benchmark]'
+	$(VENV)/bin/python -m pip install -c constraints.txt -e '.[dev,benchmark,qlora]'
 	touch $@
 
 demo: $(VENV)/.installed  ## compress a real model on real data; ARGS="--model ... --dataset ..." takes any from the Hub
@@ -28,8 +28,11 @@ test-lowest:  ## the suite on the lowest transformers that is supported, in an e
 lint: $(VENV)/.installed
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
 
-benchmark: $(VENV)/.installed  ## MiniLM on SST-2, half of the heads and neurons
+benchmark: $(VENV)/.installed  ## MiniLM on SST-2: half of the heads and neurons, one epoch of distillation, int8
 	HF_HUB_OFFLINE=1 $(VENV)/bin/python scripts/benchmark_text.py $(ARGS)
+
+benchmark-%: $(VENV)/.installed  ## distillation, quantization, kernels, exits, depthwise; the first four after `make benchmark`
+	HF_HUB_OFFLINE=1 $(VENV)/bin/python scripts/benchmark_$*.py $(ARGS)
 
 overhead: $(VENV)/.installed  ## what masks, planning and loading cost
 	HF_HUB_OFFLINE=1 $(VENV)/bin/python scripts/benchmark_overhead.py $(ARGS)
