@@ -278,7 +278,7 @@ class AddExits:
     """Put classifier heads after some layers of a classifier; rows that one is sure of leave the batch there.
 
     Args:
-        after (`Sequence[int]`): layers that an exit sits after, from 0; not the last one, which has the model's own head.
+        after (`Sequence[int]`): layers that an exit sits after, from 0. The last has the model's own head and gets none.
         criterion (`str`, defaults to `"confidence"`): `"confidence"` (largest probability), `"entropy"` (DeeBERT, Xin et al.
             2020) or `"patience"` (PABEE, Zhou et al. 2020); see `hf_compress.exits.CRITERIA`.
         threshold (`float` or `Sequence[float]`, *optional*): for all exits, or one for each. A default per criterion;

@@ -4,8 +4,8 @@
 
 Everything is timed in turn, in rounds, and given as the median over rounds of (dense fp32 eager / candidate), so that a
 machine that slows down for a while slows all alike. With one thread the clock is the thread's own time, which other work on
-the machine does not enter; with several it is the wall clock, and the machine must be quiet. torchao and ONNX Runtime take part where they are installed:
-`pip install torchao onnx onnxruntime onnxscript`.
+the machine does not enter; with several it is the wall clock, and the machine must be quiet. torchao and ONNX Runtime take
+part where they are installed: `pip install torchao onnx onnxruntime onnxscript`.
 """
 
 from __future__ import annotations
@@ -42,13 +42,15 @@ PAGE = """*Per token*: each row of activations has its own scale, so a row's res
 
 `hf_compress` quantizes each row with FBGEMM's byte kernel (one pass over memory; minimum and scale lie behind the row),
 multiplies with oneDNN's unsigned x signed kernel, whose output is already scaled per channel, and finishes with two fused
-multiply-adds (row scale and bias; row minimum). The other two per-token columns are the designs that lost: the same product
-after separate steps (maximum, multiply, round, convert), and `torch._int_mm`, whose int32 output has to be read again.
+multiply-adds (row scale and bias; row minimum). The other two per-token columns are the designs that were not taken: the same
+product after separate steps (maximum, multiply, round, convert), and `torch._int_mm`, whose int32 output has to be read
+again. With 16 rows a call costs more than the arithmetic, and there the fixed cost of oneDNN's operation shows: `_int_mm`
+and everything in one C++ call (torch's and ONNX Runtime's per-tensor kernels) are ahead.
 
 What to know:
 
 - oneDNN's *signed* x signed form of the same operation falls back to a reference kernel (seconds for one layer), so rows
-  are unsigned, from their minimum on. That also halves the step of what GELU and ReLU put out.
+  are unsigned, from their minimum on. That also halves the step of what ReLU puts out, and nearly that of GELU.
 - On a CPU without VNNI the product saturates in 16 bits (seen with `ONEDNN_MAX_CPU_ISA=AVX2` and `AVX512_CORE`;
   `torch._int_mm` is wrong there too). The kernel is asked once; where it is not exact, and on GPUs, the decoded weights and
   the same rounded activations are multiplied in floating point: right, and no faster than dense.

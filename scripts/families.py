@@ -1,4 +1,7 @@
-"""The families x edits table: mask == cut and save == load for every family of the tests, as Markdown or JSON.
+"""The families x edits table for every family of the tests, as Markdown or JSON.
+
+`exact`: what the edit promises holds (cut == mask; or the model equals its float form with the weights that the new modules
+stand for, int8 activations within a few roundings), and another process loads the checkpoint equal to the bit.
 
 python scripts/families.py            # prints the table
 python scripts/families.py --json     # one row per family and edit
@@ -28,10 +31,31 @@ EDITS = {
     "KeepNeurons": ("neurons",),
     "KeepLayers": ("layers",),
     "all three": ("heads", "neurons", "layers"),
+    "LowRank": lambda model: hc.plan_low_rank(model, ratio=0.5),
+    "Quantize, 8 bit": lambda model: hc.plan_quantization(model, bits=8),
+    "Quantize, 4 bit": lambda model: hc.plan_quantization(model, bits=4),
 }
 
 
-def judge(family: str, edits: tuple[str, ...], reader: Reader) -> dict:
+def judge_kinds(family: str, make, reader: Reader) -> dict:
+    """`apply_` itself compares with the float form (`substitute`); here the comparison with the reader's is added."""
+    model, batch = build(family)
+    dense = outputs(model, batch)
+    try:
+        changed = outputs(hc.apply_(model, make(model)), batch)
+        with tempfile.TemporaryDirectory() as folder:
+            model.save_pretrained(folder)
+            found = reader.outputs(type(model).__name__, folder, batch)
+        equal = any(v.shape == changed.shape and torch.equal(v, changed) for v in found.values())
+    except hc.CompressionError as error:
+        return {"verdict": f"refused: {error}"}
+    moved = (changed - dense).abs().max().item()
+    return {"verdict": "exact" if equal and moved > 0 else "wrong", "moved": moved, "loads_equal": equal, "stock": False}
+
+
+def judge(family: str, edits, reader: Reader) -> dict:
+    if callable(edits):
+        return judge_kinds(family, edits, reader)
     model, batch = build(family)
     plan = random_plan(model, edits)
     if not plan.edits or (family in NO_LAYERS and edits == ("layers",)) or (family in NO_HEADS and edits == ("heads",)):

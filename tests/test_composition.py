@@ -130,3 +130,19 @@ def test_pipeline_with_everything(tmp_path):
     expected = model(**pixels).logits.softmax(-1)[0]
     for index, value in enumerate(expected.tolist()):
         assert scores[model.config.id2label[index]] == pytest.approx(value, abs=1e-6)
+
+
+@pytest.mark.parametrize(("dtype", "shards"), [("float32", "30KB"), ("bfloat16", "30KB"), ("bfloat16", "1GB")])
+@pytest.mark.parametrize("family", CLASSIFIERS)
+def test_dtypes_and_shards(family, dtype, shards, tmp_path, fresh):
+    model, batch = CLASSIFIERS[family]()
+    for parameter in model.parameters():  # buffers stay float32, as from_pretrained(dtype=...) leaves them
+        parameter.data = parameter.data.to(getattr(torch, dtype))
+    batch = {k: v.to(model.dtype) if v.is_floating_point() else v for k, v in batch.items()}
+    for name in ("prune", "low rank", "int4", "exits"):
+        hc.apply_(model, STEPS[name](model))
+    expected = outputs(model, batch)
+    model.save_pretrained(tmp_path, max_shard_size=shards)
+    assert (len(list(tmp_path.glob("*.safetensors"))) > 1) == (shards == "30KB")
+    found = fresh.outputs(type(model).__name__, tmp_path, batch, dtype=dtype)["logits"]
+    assert found.dtype == expected.dtype and torch.equal(found, expected)

@@ -22,6 +22,7 @@ from hf_compress.exits.runtime import CHANGED
 from hf_compress.exits.tune import tune_exits_
 from tests.exiting import all_logits, batch_for, expected, halves, model_with_exits, plain_model, run
 from tests.trainers import rows, trainer
+from tests.zoo import build
 
 # --- training --------------------------------------------------------------------------------------------------------
 
@@ -368,3 +369,27 @@ def test_whoever_records_options_is_told_of_changes():
     finally:
         CHANGED.pop()
     assert seen == [0.7, 2]
+
+
+def test_the_readme_of_the_issue(tmp_path):
+    """Prune, distil and train exits in one training, with an exit asked for after the last layer too."""
+    import hf_compress as hc
+
+    teacher, batch = build("bert")
+    student = hc.init_student(teacher, layers=3)
+    run = trainer(
+        tmp_path,
+        [hc.PruningCallback(heads=0.5, neurons=0.5), hc.EarlyExitCallback(after=(1, 2))],
+        model=student,
+        kind=lambda *a, **k: hc.DistillationTrainer(*a, teacher_model=teacher, **k),
+        arguments=hc.DistillationArguments,
+        temperature=2.0,
+    )
+    run.train()
+    assert list(student.exit_heads) == ["1"] and hc.exit_options(student)["after"] == [1]
+    assert sum(a.num_heads for a in hc.discover(student).attentions) == 6
+    hc.apply_(student, hc.plan_low_rank(student, ratio=0.5) + hc.plan_quantization(student, bits=8, embeddings=True))
+    run.save_model(tmp_path / "out")
+    again = type(student).from_pretrained(tmp_path / "out").eval()
+    assert torch.equal(again(**batch).logits, student.eval()(**batch).logits)
+    assert torch.equal(hc.exit_layers(again), hc.exit_layers(student))

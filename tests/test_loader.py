@@ -276,3 +276,28 @@ def write_golden():
         ids = torch.tensor([[5, 6, 7, 8, 30]])
         record = {"kind": kind.__name__, "input_ids": ids.tolist(), "logits": outputs(model, {"input_ids": ids}).tolist()}
         (folder / "expected.json").write_text(json.dumps(record) + "\n")
+
+
+def write_golden_kinds():
+    """Run once, as `write_golden`: heads and neurons cut, a low-rank layer, 4 and 8 bits, an exit."""
+    folder = GOLDEN / f"bert-kinds-{hc.__version__}"
+    shutil.rmtree(folder, ignore_errors=True)
+    model, batch = build("bert")
+    layer = "bert.encoder.layer.1"
+    plan = random_plan(model, ("heads", "neurons")) + hc.Plan(
+        [
+            hc.LowRank(f"{layer}.intermediate.dense", 9),
+            hc.Quantize(f"{layer}.intermediate.dense", 8),
+            hc.Quantize("bert.embeddings.word_embeddings", 4),
+            hc.Quantize("bert.encoder.layer.0.output.dense", 3, group_size=16),
+            hc.Quantize("bert.encoder.layer.2.output.dense", 8, activations="tensor"),
+            hc.AddExits([0], threshold=0.55),
+        ]
+    )
+    hc.apply_(model, plan)
+    with torch.no_grad():
+        model.exit_heads["0"].out.weight.mul_(40)
+    model.save_pretrained(folder)
+    record = {"kind": type(model).__name__, "input_ids": batch["input_ids"].tolist()}
+    record["logits"] = outputs(model, {"input_ids": batch["input_ids"]}).tolist()
+    (folder / "expected.json").write_text(json.dumps(record))

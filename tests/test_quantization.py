@@ -241,7 +241,7 @@ def test_bits_per_weight(bits, most):
 
 # --- the integer kernel ------------------------------------------------------------------------------------------
 
-integer_kernels = pytest.mark.skipif(not kernels.has_integer_kernels(), reason="this CPU has no exact u8 x s8 kernel")
+integer_kernels = pytest.mark.skipif(not kernels.HAS_INTEGER_KERNELS, reason="this CPU has no exact u8 x s8 kernel")
 SHAPES = [(1, 1, 1), (1, 4, 3), (5, 33, 17), (3, 384, 20), (70, 771, 65), (300, 64, 48)]
 
 
@@ -295,7 +295,7 @@ def test_without_the_kernel_the_same_values_are_multiplied_in_floating_point(mon
         quantize_(layer, bits=8, activations=how)
         with torch.no_grad():
             integer = layer(x)
-            monkeypatch.setattr(modules, "has_integer_kernels", lambda: False)
+            monkeypatch.setattr(modules, "HAS_INTEGER_KERNELS", False)
             torch.testing.assert_close(layer(x), integer, rtol=1e-5, atol=1e-5)
         monkeypatch.undo()
 

@@ -33,7 +33,7 @@ class EarlyExitCallback(TrainerCallback):
     `tune_exits_` picks a threshold.
 
     Args:
-        after (`Sequence[int]`): layers that an exit sits after, from 0; not the last one.
+        after (`Sequence[int]`): layers that an exit sits after, from 0. The last has the model's own head and gets none.
         criterion (`str`, defaults to `"confidence"`): `"entropy"`, `"confidence"` or `"patience"`.
         threshold (`float` or `list`, *optional*): when a row leaves; see `resolve_exits`.
         pool (`str`, *optional*): what heads read: `"first"`, `"mean"` or `"last"` token; see `resolve_exits`.
@@ -98,7 +98,8 @@ class EarlyExitCallback(TrainerCallback):
             options = resolve_exits(owner, self.after, self.criterion, self.threshold, inputs=self.inputs, **self.options)
             attach_and_record(owner, options, self.inputs)
         else:  # loaded from a checkpoint: it trains on
-            if known["after"] != self.after or self.options["pool"] not in (None, known["pool"]):
+            wanted = [i for i in self.after if i != owner.__dict__["_exits"].depth - 1]  # the last has the model's own head
+            if known["after"] != wanted or self.options["pool"] not in (None, known["pool"]):
                 raise CompressionError(
                     f"This model has exits after {known['after']} already (pool={known['pool']!r}), and the callback asks for "
                     f"{self.after}; ask for the same, or detach_exits_(model) first."

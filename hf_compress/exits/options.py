@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from ..discover import Layer, discover
 from ..edits import CompressionError
@@ -17,6 +18,8 @@ from ..modules import width
 from ..probe import NoInputs, example_inputs, quiet_run
 from .criteria import CRITERIA, check_criterion, check_threshold
 from .heads import POOLS
+
+logger = logging.get_logger(__name__)
 
 KEYS = ("stack", "after", "num_labels", "hidden_size", "pool", "criterion", "threshold", "distil", "temperature", "weights")
 
@@ -100,7 +103,7 @@ def resolve_exits(
 
     Args:
         model (`PreTrainedModel`): a classifier of sequences or images whose layers lie in one stack.
-        after (`Sequence[int]`): layers that an exit sits after, from 0; not the last one.
+        after (`Sequence[int]`): layers that an exit sits after, from 0. The last has the model's own head and gets none.
         criterion (`str`, defaults to `"confidence"`): see `CRITERIA`.
         threshold (`float` or `list`, *optional*): probability 0.9, entropy `0.2 ln(num_labels)`, or 2 agreeing exits. Only a
             start: `tune_exits_` finds one that fits.
@@ -144,11 +147,16 @@ def resolve_exits(
         raise CompressionError(
             f"{name} runs {depth} shared layer(s) {told} times (as ALBERT does); exits need layers of their own."
         )
-    if chosen[-1] >= depth - 1:
+    if chosen[-1] >= depth or chosen == [depth - 1]:
         raise CompressionError(
-            f"Exits after layers {chosen}: this {name} has {depth} layers, so an exit can sit after layer 0 to {depth - 2} "
-            "(the last layer has the model's own head)."
+            f"Exits after layers {chosen}: this {name} has {depth} layers, so an exit can sit after layer 0 to {depth - 2} (the "
+            "last layer has the model's own head)."
         )
+    if chosen[-1] == depth - 1:
+        chosen.pop()
+        if isinstance(threshold, list | tuple) and len(threshold) == len(chosen) + 1:
+            threshold = list(threshold)[:-1]
+        logger.warning(f"No exit is added after layer {depth - 1}, the last: the model's own head is there.")
     criterion = check_criterion(criterion)
     options = {
         "stack": layers[0].path,

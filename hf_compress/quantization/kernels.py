@@ -7,7 +7,6 @@ product (VNNI) with float output, after FBGEMM's row quantization in one pass ov
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -64,29 +63,6 @@ def int8_linear_traced(
     return y if bias is None else y + bias.float()
 
 
-@torch.compiler.assume_constant_result  # compilers ask while they trace
-def has_integer_kernels() -> bool:
-    """Whether this CPU and build have the kernel and it adds in 32 bits: asked of the kernel, once.
-
-    Without VNNI, unsigned x signed products may be added in 16 bits, and saturate (`ONEDNN_MAX_CPU_ISA` can bring that
-    about on any CPU). Linear layers then compute in floating point with the same rounded values.
-    """
-    return _try_kernels()
-
-
-@cache
-def _try_kernels() -> bool:
-    try:
-        with torch.inference_mode(False), torch.no_grad():
-            weight = torch.full((16, 64), 127, dtype=torch.int8)
-            prepared = prepare(weight, torch.ones(16, 1), "tensor")
-            _rounded(torch.zeros(1, 64))
-            product = _product(torch.full((16, 64), 255, dtype=torch.uint8), prepared)
-            return bool((product == 64 * 255 * 127).all())
-    except (AttributeError, RuntimeError):  # no such operation in this build, or not for this CPU
-        return False
-
-
 def _rounded(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """`grids.quantize_rows` in one pass: (rows, in + TAIL) uint8, and the (rows, 1) scales and minima out of its tail."""
     integers = torch.ops.quantized.embedding_bag_byte_prepack(x)
@@ -104,3 +80,21 @@ def _product(integers: torch.Tensor, to: Prepared) -> torch.Tensor:
 
 def _sums(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     return weight.sum(1, dtype=torch.int32).float() * scale
+
+
+def _has_integer_kernels() -> bool:
+    try:
+        with torch.inference_mode(False), torch.no_grad(), torch.device("cpu"):
+            weight = torch.full((16, 64), 127, dtype=torch.int8)
+            prepared = prepare(weight, torch.ones(16, 1), "tensor")
+            _rounded(torch.zeros(1, 64))
+            product = _product(torch.full((16, 64), 255, dtype=torch.uint8), prepared)
+            return bool((product == 64 * 255 * 127).all())
+    except (AttributeError, RuntimeError):  # no such operation in this build, or not for this CPU
+        return False
+
+
+# Whether this CPU and build have the kernel and it adds in 32 bits: asked of the kernel. Without VNNI, unsigned x signed
+# products may be added in 16 bits, and saturate (`ONEDNN_MAX_CPU_ISA` can bring that about on any CPU). Linear layers then
+# compute in floating point with the same rounded values. Asked at import, because compilers run forwards without values.
+HAS_INTEGER_KERNELS = _has_integer_kernels()
