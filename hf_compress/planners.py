@@ -111,7 +111,8 @@ def plan_low_rank(
     if batches is None:
         return Plan(edits)
     tensors: dict[str, torch.Tensor] = {}
-    for edit, gram in _grams(model, found, edits, batches):
+    grams = _grams(model, found, edits, batches)
+    for edit, gram in tqdm(grams, desc="factorise", total=len(edits), leave=False, disable=None, delay=3):
         outer, inner = best_rank(dense_weight(found[edit.module]).detach(), edit.rank, gram)
         tensors[f"{edit.module}.weight"], tensors[f"{edit.module}.weight_in"] = outer.cpu(), inner.cpu()
     return Plan(edits, tensors)

@@ -21,7 +21,6 @@ from hf_compress.quantization import (
     grids,
     is_quantized,
     kernels,
-    modules,
     options_of,
     pack,
     quantize,
@@ -241,7 +240,7 @@ def test_bits_per_weight(bits, most):
 
 # --- the integer kernel ------------------------------------------------------------------------------------------
 
-integer_kernels = pytest.mark.skipif(not kernels.HAS_INTEGER_KERNELS, reason="this CPU has no exact u8 x s8 kernel")
+integer_kernels = pytest.mark.skipif(not kernels.has_integer_kernels(), reason="this CPU has no exact u8 x s8 kernel")
 SHAPES = [(1, 1, 1), (1, 4, 3), (5, 33, 17), (3, 384, 20), (70, 771, 65), (300, 64, 48)]
 
 
@@ -295,7 +294,7 @@ def test_without_the_kernel_the_same_values_are_multiplied_in_floating_point(mon
         quantize_(layer, bits=8, activations=how)
         with torch.no_grad():
             integer = layer(x)
-            monkeypatch.setattr(modules, "HAS_INTEGER_KERNELS", False)
+            monkeypatch.setattr(kernels, "_EXACT", False)
             torch.testing.assert_close(layer(x), integer, rtol=1e-5, atol=1e-5)
         monkeypatch.undo()
 
@@ -566,3 +565,14 @@ def test_refusals_change_nothing(make, options, says):
 def test_only_quantized_modules_have_integers():
     with pytest.raises(hc.CompressionError, match="not quantized"):
         dequantized(linear())
+
+
+def test_exported_graphs_hold_the_integer_product():
+    layer = linear()
+    quantize_(layer, bits=8)
+    x = torch.randn(4, 50)
+    with torch.no_grad():
+        exported = torch.export.export(layer, (x,))
+        torch.testing.assert_close(exported.module()(x), layer(x), rtol=1e-5, atol=1e-5)
+    used = {str(node.target) for node in exported.graph.nodes}
+    assert ("aten._int_mm.default" in used) == kernels.has_integer_kernels()

@@ -9,7 +9,8 @@ import torch
 import transformers as T
 
 import hf_compress as hc
-from hf_compress.quantization import dequantized, is_quantized
+from hf_compress.kinds import low_rank_
+from hf_compress.quantization import dequantized, is_quantized, quantize_
 from hf_compress.quantization.fake import fake_, is_fake, observe_, unfake_
 from hf_compress.substitute import sharers
 from tests.trainers import Killer, fingerprint, rows, trainer
@@ -77,6 +78,27 @@ def test_the_gradient_is_that_of_the_rounded_weight(bits):
     assert [n for n, _ in layer.named_parameters()] == ["weight", "bias"] and layer.state_dict()["weight"] is not rounded
     unfake_(layer)
     assert layer.weight is weight and type(layer) is torch.nn.Linear
+
+
+@pytest.mark.parametrize("activations", ["token", "tensor"])
+def test_a_rounded_low_rank_layer_evaluates_by_the_kernel(activations):
+    """Without gradients a rounded module is the quantized one to the bit; with them, up to the order of sums."""
+    layer = torch.nn.Linear(24, 16)
+    low_rank_(layer, 5)
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter)
+    real, x = copy.deepcopy(layer), torch.randn(6, 24)
+    quantize_(real, bits=8, activations=activations)
+    fake_(layer, 8, None, activations)
+    observe_(layer)
+    with torch.no_grad():
+        assert torch.equal(layer(x), real(x))
+        torch.testing.assert_close(layer(x), layer(x.requires_grad_()), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(layer(x), real(x), atol=1e-4, rtol=1e-4)
+    before = layer(x).detach()
+    with torch.no_grad():
+        layer._parameters["weight"].mul_(2)  # an optimizer's step
+        assert not torch.equal(layer(x), before)
 
 
 def test_scales_follow_the_weights_until_they_are_frozen(tmp_path):

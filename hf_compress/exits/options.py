@@ -149,7 +149,7 @@ def resolve_exits(
         )
     if chosen[-1] >= depth or chosen == [depth - 1]:
         raise CompressionError(
-            f"Exits after layers {chosen}: this {name} has {depth} layers, so an exit can sit after layer 0 to {depth - 2} (the "
+            f"Exits after layers {chosen}: this {name} has {depth} layers, so one can sit after layer 0 to {depth - 2} (the "
             "last layer has the model's own head)."
         )
     if chosen[-1] == depth - 1:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from .grids import fake_quantize, fake_quantize_rows, quantize
+from ..modules import LowRankLinear
+from .grids import fake_quantize, fake_quantize_rows, find_grid
+from .modules import quantize_
 
 Scales = dict[str, tuple[torch.Tensor, torch.Tensor | None]]  # by parameter: scale, zero point
 
@@ -35,9 +39,15 @@ class _Fake:
 
     def forward(self, input: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         how = self.hfc_fake["activations"]
-        if how is not None:
-            input = fake_quantize_rows(input, how)
-        return super().forward(input, *args, **kwargs)  # type: ignore[misc]
+        if how is None:
+            return super().forward(input, *args, **kwargs)  # type: ignore[misc]
+        if not torch.is_grad_enabled():
+            return _twin(self)(input)  # the kernel itself: through many layers, float noise would flip other roundings
+        input = fake_quantize_rows(input, how)
+        if isinstance(self, LowRankLinear):
+            inner = fake_quantize_rows(F.linear(input, self.weight_in), how)
+            return F.linear(inner, self.weight, self.bias)
+        return super().forward(input)  # type: ignore[misc]
 
 
 FAKE: dict[type, type] = {}  # a module's class -> its subclass that rounds
@@ -60,6 +70,26 @@ def unfake_(module: nn.Module) -> None:
         del module.__dict__["hfc_fake"]
 
 
+@torch.no_grad()
+def _twin(module: Any) -> nn.Module:
+    """The quantized module that this one stands for, kept until a weight or a scale is another one."""
+    fake = module.hfc_fake
+    weights = {name: module._parameters[name] for name in QUANTIZED if name in module._parameters}
+    seen = [(id(w), w._version, id(fake["scales"][name][0])) for name, w in weights.items()]
+    if fake.get("seen") != seen:
+        twin = copy.copy(module)  # shares its parameters, until it is given its own
+        twin.__dict__ = {**module.__dict__, "_parameters": dict(module._parameters)}
+        unfake_(twin)
+        given = {}
+        for name in weights:
+            scale, zero = fake["scales"][name]
+            given |= {f"{name}_scale": scale} if zero is None else {f"{name}_scale": scale, f"{name}_zero": zero}
+        options = {key: fake[key] for key in ("bits", "group_size", "activations")}
+        quantize_(twin, **options, given=given)
+        fake["seen"], fake["twin"] = seen, twin
+    return fake["twin"]
+
+
 def is_fake(module: nn.Module) -> bool:
     return type(module) in PLAIN
 
@@ -71,8 +101,7 @@ def observe_(module: nn.Module) -> None:
     for name in QUANTIZED:
         weight = module._parameters.get(name)
         if weight is not None:
-            _, scale, zero = quantize(_matrix(module, weight), fake["bits"], fake["group_size"])
-            fake["scales"][name] = (scale, zero)
+            fake["scales"][name] = find_grid(_matrix(module, weight), fake["bits"], fake["group_size"])
 
 
 def scales_of(module: nn.Module) -> Scales:

@@ -82,7 +82,16 @@ def _sums(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     return weight.sum(1, dtype=torch.int32).float() * scale
 
 
-def _has_integer_kernels() -> bool:
+def has_integer_kernels() -> bool:
+    """Whether this CPU and build have the kernel and it adds in 32 bits, as the kernel itself showed.
+
+    Without VNNI, unsigned x signed products may be added in 16 bits, and saturate (`ONEDNN_MAX_CPU_ISA` can bring that
+    about on any CPU). Linear layers then compute in floating point with the same rounded values.
+    """
+    return _EXACT
+
+
+def _try_kernels() -> bool:
     try:
         with torch.inference_mode(False), torch.no_grad(), torch.device("cpu"):
             weight = torch.full((16, 64), 127, dtype=torch.int8)
@@ -94,7 +103,4 @@ def _has_integer_kernels() -> bool:
         return False
 
 
-# Whether this CPU and build have the kernel and it adds in 32 bits: asked of the kernel. Without VNNI, unsigned x signed
-# products may be added in 16 bits, and saturate (`ONEDNN_MAX_CPU_ISA` can bring that about on any CPU). Linear layers then
-# compute in floating point with the same rounded values. Asked at import, because compilers run forwards without values.
-HAS_INTEGER_KERNELS = _has_integer_kernels()
+_EXACT = _try_kernels()  # at import: compilers trace forwards with tensors that have no values

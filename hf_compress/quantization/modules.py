@@ -26,7 +26,7 @@ from transformers.pytorch_utils import Conv1D
 from ..edits import CompressionError
 from ..modules import LowRankLinear
 from .grids import check_options, dequantize, fake_quantize_rows, find_grid, to_grid
-from .kernels import HAS_INTEGER_KERNELS, MOST_INPUTS, int8_linear, int8_linear_traced, prepare
+from .kernels import MOST_INPUTS, has_integer_kernels, int8_linear, int8_linear_traced, prepare
 from .packing import pack, packed_size, unpack
 
 
@@ -116,7 +116,7 @@ class QuantizedLinear(_Quantized, nn.Linear):
     def _value(self, x: torch.Tensor, name: str, bias: torch.Tensor | None) -> torch.Tensor:
         out, size = self._shapes()[name]
         how = self.activations
-        if how is None or not x.is_cpu or not x.numel() or size > MOST_INPUTS or not HAS_INTEGER_KERNELS:
+        if how is None or not x.is_cpu or not x.numel() or size > MOST_INPUTS or not has_integer_kernels():
             return self._float_value(x, name, bias)
         flat = x if x.ndim == 2 else x.reshape(-1, size)
         weight, scale = self._parameters[name], self._parameters[f"{name}_scale"]
