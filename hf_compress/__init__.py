@@ -10,7 +10,7 @@ from .distillation import (
     init_student,
 )
 from .edits import AddExits, CompressionError, DepthwiseSeparable, KeepHeads, KeepLayers, KeepNeurons, LowRank, Quantize
-from .exits import exit_layers, exit_options, set_exits_
+from .exits import detach_exits_, exit_layers, exit_options, set_exits_
 from .exits.callback import EarlyExitCallback
 from .exits.tune import tune_exits_
 from .inner import with_quantizer
@@ -46,6 +46,7 @@ __all__ = [
     "Seq2SeqDistillationArguments",
     "Structure",
     "apply_",
+    "detach_exits_",
     "discover",
     "exit_layers",
     "exit_options",

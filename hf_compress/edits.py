@@ -219,8 +219,8 @@ class Quantize:
     """Store the weights of one Linear, Conv1D or Embedding in few bits; with 8, compute in integers too.
 
     - 8 bits: one scale per output channel (per row of an embedding), weights in [-127, 127]. A Linear's activations are
-      rounded to 8 bits while it runs, each token by its own maximum, so that no row depends on what is beside it in
-      the batch (`activations="token"`), or all by one (`"tensor"`), or not at all (`None`).
+      rounded to 8 bits while it runs, each token by its own range, so that no row depends on what is beside it in
+      the batch (`activations="token"`), or all by one (`"tensor"`), or not at all (`"none"`).
     - 4 bits and fewer: weights alone, in groups along the input, each with the scale and zero point that leave the least
       squared error. They are unpacked once, at the first use (`decode="load"`: dense speed, dense memory), or whenever
       they are used (`"call"`: small memory, slower).
@@ -230,7 +230,7 @@ class Quantize:
         bits (`int`, defaults to 8): 8, 4, 3 or 2.
         group_size (`int`, *optional*): weights that share a scale, below 8 bits; 64 if left out. The last group of a row is
             shorter where it does not divide.
-        activations (`str`, *optional*): `"token"` (what 8 bits have if left out), `"tensor"` or `"none"`.
+        activations (`str`, *optional*): `"token"`, `"tensor"` or `"none"`; left out, `"token"` with 8 bits and `"none"` below.
         decode (`str`, defaults to `"load"`): `"load"` or `"call"`.
         given (`bool`, defaults to `False`): scales (and zero points) are in the plan's tensors, as
             `"{module}.weight_scale"`: what a training with fake quantization ended with.

@@ -64,6 +64,13 @@ def restore_what_stock_lost(trainer: Trainer, model: Any) -> None:
         restore_weights(model, checkpoint)
 
 
+def restore_best(args: Any, state: Any, model: Any) -> None:
+    """The best weights, where stock `Trainer` has not put all of them back: those saved under other names (ViT, Swin, ...)."""
+    best = state.best_model_checkpoint
+    if args.load_best_model_at_end and best is not None and isinstance(model, PreTrainedModel) and keys_differ(model, best):
+        restore_weights(model, best)
+
+
 def first_rows(trainer: Trainer, rows: int = 2) -> dict[str, Any] | None:
     """A small batch of the training data, collated as the Trainer would, without labels; None where rows have no index.
 

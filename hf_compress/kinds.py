@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from .edits import CompressionError
-from .modules import LowRankLinear, width
+from .modules import LockedLinear, LowRankLinear, width
 from .quantization import quantized_
 
 # --- low rank ----------------------------------------------------------------------------------------------------
@@ -133,6 +133,8 @@ def make_(module: nn.Module, kinds: list[list[Any]]) -> None:
     """
     if kinds:
         module.__dict__["hfc_kinds"] = kinds
+        if type(module) is LockedLinear:  # what it becomes is lock enough
+            module.__class__ = nn.Linear  # type: ignore[assignment]
     for name, options in kinds:
         try:
             KINDS[name](module, **options)

@@ -20,11 +20,13 @@ from .kinds import SEPARABLE, largest_rank, not_separable
 from .modules import LockedLinear, LowRankLinear, dense_weight, is_gated, width
 from .plan import Plan
 from .probe import probing, quiet_run, use_of_weights
+from .quantization import is_quantized
 from .refusals import check_foreign
 
 logger = logging.get_logger(__name__)
 
-# what stays in full precision unless asked for: the heads that make a model's outputs, by the names that models give them
+# what stays in full precision unless asked for: the heads that make a model's outputs. That is everything outside the base
+# model, its output embeddings, and, for models that are their own base model (T5), these names
 HEADS = (
     r"(^|\.)(classifier|classification_head|pre_classifier|score|lm_head|embed_out|qa_outputs|cls|head|heads|\w+_head|\w+_projector"
     r"|exit_heads)(\.|$)"
@@ -194,7 +196,8 @@ def plan_quantization(
         bits (`int`): 8 (integer arithmetic for Linear layers), or 4, 3, 2 (weights alone, in groups).
         embeddings (`bool`, defaults to `True`): embeddings too; they are half of a small encoder.
         skip (`str`, *optional*): a regular expression that is searched in module names: what stays in full precision. By
-            default the output heads (`planners.HEADS`), where rounding costs most. `None` skips nothing.
+            default the output heads, where rounding costs most: what lies outside the base model, the output embeddings,
+            and the names in `planners.HEADS`. `None` skips nothing.
         group_size (`int`, *optional*): weights that share a scale below 8 bits; 64 if left out.
         activations (`str`, *optional*): with 8 bits `"token"` (if left out), `"tensor"` or `"none"`.
         decode (`str`, defaults to `"load"`): below 8 bits, unpack the weights once (`"load"`) or at every use (`"call"`).
@@ -232,24 +235,19 @@ def plan_quantization(
         ran, read = use_of_weights(candidates, run)
     used = {id(module.weight) for name, module in candidates.items() if name in ran}
     held = {id(module.weight) for name, module in candidates.items() if name in read}
-    edits, left, seen = [], [], set()
+    heads = _heads(model) if skip == HEADS else ()
+    edits, seen = [], set()
     for name, module in candidates.items():
-        if id(module.weight) in seen:
-            continue
         fit = id(module.weight) in used and id(module.weight) not in held and not is_gated(module)
-        if (pattern and pattern.search(name)) or not fit:
-            left.append(name)
-            continue
-        seen.add(id(module.weight))
-        edits.append(Quantize(name, bits, group_size, activations, decode))
+        skipped = (pattern and pattern.search(name)) or f"{name}.".startswith(heads)
+        if fit and not skipped and id(module.weight) not in seen:
+            seen.add(id(module.weight))
+            edits.append(Quantize(name, bits, group_size, activations, decode))
     if not edits:
         raise CompressionError(
             _nothing(model, None, f"{'Linear or Embedding' if embeddings else 'Linear'} outside skip={skip!r}")
         )
-    tied = {id(model.get_submodule(edit.module).weight) for edit in edits}
-    left = [name for name in left if id(model.get_submodule(name).weight) not in tied]
-    if left:
-        logger.warning(f"Left in full precision: {', '.join(left[:6])}{f' and {len(left) - 6} more' * (len(left) > 6)}.")
+    _tell_what_stays(model, seen)
     return Plan(edits)
 
 
@@ -282,9 +280,34 @@ def _shared(model: nn.Module, module: Any) -> bool:
     return sum(p is module.weight for m in model.modules() for p in m._parameters.values()) > 1
 
 
+def _heads(model: Any) -> tuple[str, ...]:
+    """Prefixes of what lies outside the base model, and of the output embeddings."""
+    base = getattr(model, "base_model", model)
+    outside = [] if base is model else [f"{n}." for n, m in model.named_children() if m is not base]
+    output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    names = [n for n, m in model.named_modules() if output is not None and m is output]
+    return tuple(f"{name}." for name in names) + tuple(outside)
+
+
+def _tell_what_stays(model: nn.Module, planned: set[int]) -> None:
+    """Say which weights keep their precision, and how many of all they are."""
+    left: dict[str, int] = {}
+    total = 0
+    for name, module in model.named_modules():
+        for weight in {id(p): p for p in module._parameters.values() if p is not None and p.ndim > 1}.values():
+            total += weight.numel()
+            if id(weight) not in planned:
+                left[name] = left.get(name, 0) + weight.numel()
+    if left and total:
+        most = sorted(left, key=lambda name: -left[name])
+        more = f" and {len(most) - 6} more" * (len(most) > 6)
+        share = sum(left.values()) / total
+        logger.warning(f"Left in full precision, {share:.1%} of the weights: {', '.join(most[:6])}{more}.")
+
+
 def _refuse_quantized(model: nn.Module) -> None:
     for name, module in model.named_modules():
-        if "weight_scale" in module._parameters:
+        if is_quantized(module):
             raise CompressionError(
                 f"{name!r} is quantized already; quantizing twice loses more than once. Start from the float model."
             )
@@ -329,17 +352,19 @@ def _measure_grams(
     grams: dict[str, torch.Tensor] = {}
     leader: dict[str, str] = {}  # query, key and value read one tensor: it is multiplied once
     last: list[Any] = [None, ""]
-    mask: list[torch.Tensor | None] = [None]
+    masks: dict[str, torch.Tensor | None] = {}
+    two_sided = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
     device = next(model.parameters()).device
 
     def hook(name: str) -> Callable[..., None]:
         def before(module: nn.Module, args: Any) -> None:
             x = args[0]
+            mask = masks["decoder" if "decoder" in name.split(".") else "encoder"]
             owner = leader.setdefault(name, last[1] if x is last[0] else name)
             last[:] = [x, owner]
             if owner != name:
                 return
-            rows = x[mask[0].bool()] if mask[0] is not None and x.shape[:2] == mask[0].shape else x
+            rows = x[mask.bool()] if mask is not None and x.shape[:2] == mask.shape else x
             rows = rows.reshape(-1, x.shape[-1]).float()
             if name in grams:
                 grams[name].addmm_(rows.T, rows)
@@ -353,8 +378,9 @@ def _measure_grams(
             stack.callback(module.register_forward_pre_hook(hook(name)).remove)
         for batch in tqdm(batches, desc="calibrate", unit="batch", leave=False, disable=None, delay=3):
             batch = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items() if "label" not in k}
-            found = batch.get("attention_mask")
-            mask[0] = found if isinstance(found, torch.Tensor) and found.ndim == 2 else None
+            for side, key in (("encoder", ""), ("decoder", "decoder_" if two_sided else "")):
+                found = batch.get(f"{key}attention_mask")
+                masks[side] = found if isinstance(found, torch.Tensor) and found.ndim == 2 else None
             run(batch)
             last[:] = [None, ""]
     return {name: grams[leader[name]] for name in modules if leader.get(name) in grams}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,7 +11,7 @@ from transformers import PreTrainedModel
 
 from .cutting import Undo
 from .discover import discover
-from .edits import CompressionError
+from .edits import AddExits, CompressionError
 from .exits.runtime import CHANGED, exit_options
 from .layout import gates_of, layers_differ, merge, skeleton, stock_numbers, unrecorded
 from .loader import HfCompressConfig, compression_of
@@ -54,18 +55,31 @@ def stamp_(
         config.__dict__.update(state)
 
     undo.append(restore)
-    masks = None
+    hidden = None
     if before is not None and before.masks is not None:  # from the middle of a training: what is not cut stays masked
-        masks, gates = masks_in(owner), gates_of(owner)
+        hidden, gates = masks_in(owner).to_dict(spans=True), gates_of(owner)
         layout = {**layout, "gates": gates}
         if not gates:
-            masks, layout = None, {k: v for k, v in layout.items() if k != "gates"}
+            hidden, layout = None, {k: v for k, v in layout.items() if k != "gates"}
     if gone:
         _record_layers(owner, layout, gone, numbers_before, undo)  # type: ignore[arg-type]
+    written = _write(owner, layout, edits.to_dict(spans=True), hidden, undo)
+    place = unrecorded(owner, written)
+    if place is not None:
+        raise CompressionError(
+            f"Nothing was changed: this cut of {type(owner).__name__} could not be saved so that it loads again ({place} would "
+            "differ). Leave the layers or blocks that it depends on out of the plan."
+        )
+
+
+def _write(
+    owner: PreTrainedModel, layout: dict, plan: dict[str, Any], masks: dict[str, Any] | None, undo: Undo
+) -> dict[str, Any] | None:
+    """Put a record into the config, or numbers alone where plain transformers then builds this model; the layout if any."""
+    config = owner.config
     structure = discover(owner)
     stock = None if layout.get("layers") or masks or layout.get("exits") else stock_numbers(owner, structure, layout["modules"])
     if stock is not None:
-        layout = None
         config.__dict__.pop("quantization_config", None)
         parts = dict(config_parts(owner))
         for key, value in stock.items():
@@ -77,15 +91,10 @@ def stamp_(
     else:
         if not any("shapes" in entry for entry in layout["modules"].values()):
             _lock(owner, layout, undo)
-        hidden = None if masks is None else masks.to_dict(spans=True)
-        config.quantization_config = HfCompressConfig(plan=edits.to_dict(spans=True), layout=layout, masks=hidden)
-    _unlock_others(owner, layout, undo)
-    place = unrecorded(owner, layout)
-    if place is not None:
-        raise CompressionError(
-            f"Nothing was changed: this cut of {type(owner).__name__} could not be saved so that it loads again ({place} would "
-            "differ). Leave the layers or blocks that it depends on out of the plan."
-        )
+        config.quantization_config = HfCompressConfig(plan, layout, masks)
+    written = layout if stock is None else None
+    _unlock_others(owner, written, undo)
+    return written
 
 
 def _record_layers(
@@ -135,11 +144,24 @@ def _lock(owner: PreTrainedModel, layout: dict, undo: Undo) -> None:
 
 
 def record_exits_(model: PreTrainedModel) -> None:
-    """Write the criterion and thresholds that a model's exits have now into its config, so that they are saved."""
+    """Write the criterion and thresholds that a model's exits have now into its config, so that they are saved.
+
+    Where they were taken off, so are their edit and options; a record that then says nothing goes too.
+    """
     record, options = getattr(model.config, "quantization_config", None), exit_options(model)
-    if isinstance(record, HfCompressConfig) and options is not None and "exits" in record.layout:
+    if not isinstance(record, HfCompressConfig) or "exits" not in record.layout:
+        return
+    if options is not None:
         layout = {**record.layout, "exits": options}
         model.config.quantization_config = HfCompressConfig(record.plan_dict, layout, record.masks_dict, inner=record.inner)
+        return
+    layout = copy.deepcopy({key: value for key, value in record.layout.items() if key != "exits"})
+    edits = [edit for edit in record.plan_dict["edits"] if edit["edit"] != AddExits.__name__]
+    plan = {**record.plan_dict, "edits": edits}
+    if record.inner is None:
+        _write(model, layout, plan, record.masks_dict, [])
+    else:  # another method's weights are not asked for their shapes, and lock the checkpoint anyway
+        model.config.quantization_config = HfCompressConfig(plan, layout, record.masks_dict, inner=record.inner)
 
 
 CHANGED.append(record_exits_)  # type: ignore[arg-type]

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from .edits import CompressionError
 from .layout import replay_
 from .loader import compression_of
+from .modules import LockedLinear, lock_
 
 
 def restore_weights(model: PreTrainedModel, checkpoint: str | os.PathLike) -> None:
@@ -91,6 +93,12 @@ def _take_shapes(model: PreTrainedModel, small: PreTrainedModel) -> None:
     if exits and "exit_heads" not in model._modules:
         layout["exits"] = exits
     replay_(model, layout)
+    for name, module in model.named_modules():  # locks as the record has them
+        locked = recorded.get(name, {}).get("lock", False)
+        if type(module) is LockedLinear and not locked:
+            module.__class__ = nn.Linear  # type: ignore[assignment]
+        elif type(module) is nn.Linear and locked:
+            lock_(module)
     for name in kinds:
         model.get_submodule(name).__dict__["hfc_kinds"] = kinds[name]
     model.config.__dict__.update({k: v for k, v in small.config.__dict__.items() if not k.startswith("_")})

@@ -2,8 +2,8 @@
 
     python scripts/benchmark_depthwise.py --data ../shared/data/mnist-10k --output runs/depthwise
 
-Per seed: the dense network; its 3x3 convolutions replaced, before any training; after one epoch; and the same network from
-random weights after one epoch. Rows 0-7,999 train, 8,000-9,999 test.
+Per seed: the dense network; its 3x3 convolutions replaced, before any training, and after an eighth, a quarter and all of one
+epoch; and the same network from random weights, likewise. Rows 0-7,999 train, 8,000-9,999 test.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import ResNetConfig, ResNetForImageClassification, Trainer, TrainingArguments, set_seed
+from transformers import ResNetConfig, ResNetForImageClassification, Trainer, TrainerCallback, TrainingArguments, set_seed
 
 import hf_compress as hc
 
@@ -41,7 +41,8 @@ def main() -> None:
     rows = [{"pixel_values": x, "labels": int(y)} for x, y in zip(images, labels, strict=True)]
     train, test = rows[:8000], rows[8000:8200] if args.quick else rows[8000:]
 
-    def fit(model, epochs, seed):
+    def fit(model, epochs, seed, curve=None):
+        """Train; `curve` gets the test accuracy after an eighth and a quarter of an epoch, and at the end."""
         arguments = TrainingArguments(
             f"{args.output}/scratch",
             num_train_epochs=epochs,
@@ -55,7 +56,10 @@ def main() -> None:
             logging_strategy="no",
             **steps,
         )
-        Trainer(model, arguments, train_dataset=train).train()
+        callbacks = [] if curve is None else [Curve(curve, accuracy, (len(train) // 64 // 8, len(train) // 64 // 4))]
+        Trainer(model, arguments, train_dataset=train, callbacks=callbacks).train()
+        if curve is not None:
+            curve["epoch"] = accuracy(model)
         return model
 
     def accuracy(model):
@@ -74,8 +78,8 @@ def main() -> None:
         for multiplier in args.multipliers:
             fitted = copy.deepcopy(dense)
             hc.apply_(fitted, hc.plan_depthwise(fitted, multiplier=multiplier))
-            before = accuracy(fitted)
-            fit(fitted, 1, seed)
+            fitted_curve: dict = {"before": accuracy(fitted)}
+            fit(fitted, 1, seed, fitted_curve)
             set_seed(seed)
             random = ResNetForImageClassification(config)
             hc.apply_(random, hc.plan_depthwise(random, multiplier=multiplier))
@@ -83,25 +87,34 @@ def main() -> None:
                 if hasattr(module, "weight_depth"):  # not the fit of random weights: PyTorch's own start for each factor
                     torch.nn.init.kaiming_uniform_(module.weight_depth, a=5**0.5)
                     torch.nn.init.kaiming_uniform_(module.weight, a=5**0.5)
-            fit(random, 1, seed)
+            random_curve: dict = {"before": accuracy(random)}
+            fit(random, 1, seed, random_curve)
             batch = {"pixel_values": torch.stack([r["pixel_values"] for r in test[:32]])}
             report = hc.measure(fitted.eval(), batch, against=dense.eval(), repeats=args.repeats)
-            run["multipliers"][multiplier] = {
-                "before_healing": before,
-                "after_one_epoch": accuracy(fitted),
-                "random_after_one_epoch": accuracy(random),
-                "report": report.to_dict(),
-            }
+            found = {"fitted": fitted_curve, "random": random_curve, "report": report.to_dict()}
+            run["multipliers"][multiplier] = found
             print(seed, multiplier, {k: v for k, v in run["multipliers"][multiplier].items() if k != "report"}, flush=True)
             print(report, flush=True)
         runs.append(run)
     Path(args.output).mkdir(parents=True, exist_ok=True)
     (Path(args.output) / "benchmark_depthwise.json").write_text(json.dumps({"arguments": vars(args), "runs": runs}, indent=1))
     print("| start | " + " | ".join(f"multiplier {m}" for m in args.multipliers) + " |")
-    for key in ("before_healing", "after_one_epoch", "random_after_one_epoch"):
-        cells = [statistics.mean(r["multipliers"][m][key] for r in runs) for m in args.multipliers]
-        print(f"| {key} | " + " | ".join(f"{c:.2%}" for c in cells) + " |")
+    for start in ("fitted", "random"):
+        for when in runs[0]["multipliers"][args.multipliers[0]][start]:
+            cells = [[r["multipliers"][m][start][when] for r in runs] for m in args.multipliers]
+            shown = (f"{statistics.mean(c):.2%} [{min(c):.2%}-{max(c):.2%}]" for c in cells)
+            print(f"| {start}, {when} | " + " | ".join(shown) + " |")
     print(f"dense: {statistics.mean(r['dense'] for r in runs):.2%}")
+
+
+class Curve(TrainerCallback):
+    def __init__(self, curve: dict, accuracy, steps: tuple[int, int]) -> None:
+        self.curve, self.accuracy, self.steps = curve, accuracy, dict(zip(steps, ("1/8 epoch", "1/4 epoch"), strict=True))
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if state.global_step in self.steps:
+            self.curve[self.steps[state.global_step]] = self.accuracy(model)
+            model.train()
 
 
 def mnist(folder: Path) -> tuple[torch.Tensor, np.ndarray]:

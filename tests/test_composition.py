@@ -5,6 +5,7 @@ import torch
 import transformers as T
 
 import hf_compress as hc
+from hf_compress.resume import restore_weights
 from tests.zoo import GPT2, GQA, build, ids, outputs, random_plan
 
 CLASSIFIERS = {
@@ -146,3 +147,18 @@ def test_dtypes_and_shards(family, dtype, shards, tmp_path, fresh):
     assert (len(list(tmp_path.glob("*.safetensors"))) > 1) == (shards == "30KB")
     found = fresh.outputs(type(model).__name__, tmp_path, batch, dtype=dtype)["logits"]
     assert found.dtype == expected.dtype and torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("step", ["low rank", "int8", "prune"])
+def test_a_dense_model_with_exits_resumes_from_a_smaller_one(step, tmp_path):
+    """The exit's lock on a dense model must not stand in the way of what the checkpoint's modules became."""
+    model, batch = CLASSIFIERS["bert"]()
+    hc.apply_(model, STEPS[step](model) + STEPS["exits"](model))
+    model.save_pretrained(tmp_path)
+    dense, _ = CLASSIFIERS["bert"]()
+    hc.apply_(dense, STEPS["exits"](dense))
+    restore_weights(dense, tmp_path)
+    assert torch.equal(outputs(dense, batch), outputs(model, batch))
+    dense.save_pretrained(tmp_path / "again")
+    again = type(dense).from_pretrained(tmp_path / "again").eval()
+    assert torch.equal(outputs(again, batch), outputs(model, batch))

@@ -70,8 +70,8 @@ def test_the_gradient_is_that_of_the_rounded_weight(bits):
     weight = layer.weight
     fake_(layer, bits, None if bits == 8 else 8, None)
     observe_(layer)
-    rounded = layer.weight.detach().clone()
-    assert not torch.equal(rounded, weight) and rounded.unique().numel() <= 8 * 2 * 2**bits
+    rounded = layer(torch.eye(16)).detach().T - layer.bias.detach()[:, None]
+    assert (rounded - weight).abs().max() > 1e-4
     (layer(x) - y).square().sum().backward()
     expected = 2 * (x @ rounded.T + layer.bias.detach() - y).T @ x
     torch.testing.assert_close(weight.grad, expected, atol=1e-4, rtol=1e-4)
@@ -180,24 +180,100 @@ def test_a_middle_checkpoint_is_an_ordinary_model(tmp_path, plain):
     assert plain.outputs("BertForSequenceClassification", tmp_path / "checkpoint-4", batch)["logits"].isfinite().all()
 
 
-def test_load_best_model(tmp_path):
-    callback = hc.QuantizationCallback(4)
-    run = trainer(
-        tmp_path,
-        [callback],
-        kind=hc.CompressionTrainer,
-        save_strategy="steps",
-        save_steps=4,
-        eval_strategy="steps",
-        eval_steps=4,
-        load_best_model_at_end=True,
-    )
+class Logits(T.TrainerCallback):
+    """The model's outputs on a batch at each evaluation."""
+
+    def __init__(self, batch) -> None:
+        self.batch, self.seen = batch, {}
+
+    def on_evaluate(self, args, state, control, model=None, **kwargs):
+        self.seen[state.global_step] = outputs(model.eval(), self.batch)
+        model.train()
+
+
+EVERY_4 = dict(save_strategy="steps", save_steps=4, eval_strategy="steps", eval_steps=4, load_best_model_at_end=True)
+
+
+@pytest.mark.parametrize("kind", [T.Trainer, hc.CompressionTrainer])
+@pytest.mark.parametrize("family", ["bert", "vit"])
+def test_the_best_model_is_what_was_evaluated_then(family, kind, tmp_path):
+    """Weights and scales of the checkpoint that was best, also where stock Trainer restores only some weights (ViT)."""
+    logits = Logits(build(family)[1])
+    options = {**EVERY_4, "metric_for_best_model": "eval_loss", "greater_is_better": True}  # the first is worst, so "best"
+    run = trainer(tmp_path, [logits, hc.QuantizationCallback(4, every=3)], family, kind, **options)
     run.train()
-    best = T.AutoModelForSequenceClassification.from_pretrained(run.state.best_model_checkpoint).eval()
-    hc.apply_(best, hc.plan_quantization(best, bits=4))
-    batch = build("bert")[1]
-    # the checkpoint's own scales, which may be a few steps older than its weights
-    assert (outputs(run.model.eval(), batch) - outputs(best, batch)).abs().max() < 0.05
+    best = run.state.best_global_step
+    assert best < 12
+    now = outputs(run.model.eval(), logits.batch)
+    torch.testing.assert_close(now, logits.seen[best], atol=1e-5, rtol=1e-5)
+    assert (now - logits.seen[12]).abs().max() > 1e-3
+
+
+def test_rounding_begins_at_start_and_what_was_best_before_does_not_count(tmp_path):
+    rounding = {}
+
+    class Watch(T.TrainerCallback):
+        def on_step_begin(self, args, state, control, model=None, **kwargs):
+            rounding[state.global_step] = any(is_fake(m) for m in model.modules())
+
+    callback = hc.QuantizationCallback(2, start=0.5)
+    options = {**EVERY_4, "metric_for_best_model": "eval_loss", "greater_is_better": True}
+    run = trainer(tmp_path, [callback, Watch()], **options)
+    run.train()
+    assert [step for step, on in rounding.items() if on] == [6, 7, 8, 9, 10, 11]
+    assert run.state.best_global_step in (8, 12)
+
+
+def test_frozen_scales_stay_frozen_after_resume(tmp_path):
+    saving = {"save_strategy": "steps", "save_steps": 4, "max_steps": 12}
+
+    def stop():
+        raise KeyboardInterrupt
+
+    whole = hc.QuantizationCallback(8, every=1, freeze=0.3)
+    trainer(tmp_path / "whole", [whole], **saving).train()
+    with pytest.raises(KeyboardInterrupt):
+        trainer(tmp_path / "cut", [hc.QuantizationCallback(8, every=1, freeze=0.3), Killer(9, stop)], **saving).train()
+    again = hc.QuantizationCallback(8, every=1, freeze=0.3)
+    trainer(tmp_path / "cut", [again], **saving).train(resume_from_checkpoint=True)
+    assert again.plan == whole.plan
+
+
+@pytest.mark.parametrize(
+    ("options", "message"), [(dict(bits=2), "bits=4, this callback has 2"), (dict(bits=4, skip=None), "no scale for")]
+)
+def test_resuming_with_other_options_is_refused_before_training(options, message, tmp_path):
+    run = trainer(tmp_path, [hc.QuantizationCallback(4)], save_strategy="steps", save_steps=4)
+    run.train()
+    again = trainer(tmp_path, [hc.QuantizationCallback(**options)], max_steps=20)
+    before = fingerprint(again.model)
+    with pytest.raises(hc.CompressionError, match=message):
+        again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
+    assert not any(is_fake(m) for m in again.model.modules()) and before.keys() == fingerprint(again.model).keys()
+
+
+def test_training_twice_makes_a_new_optimizer(tmp_path):
+    """What the first optimizer held is gone: the second training must move what is left to train."""
+    run = trainer(tmp_path, [hc.QuantizationCallback(8, skip="classifier|query")])
+    run.train()
+    before = run.model.classifier.weight.detach().clone(), run.model.bert.encoder.layer[0].attention.self.query.weight.clone()
+    run.callback_handler.callbacks = [c for c in run.callback_handler.callbacks if not isinstance(c, hc.QuantizationCallback)]
+    run.train()
+    assert not torch.equal(run.model.classifier.weight, before[0])
+    assert not torch.equal(run.model.bert.encoder.layer[0].attention.self.query.weight, before[1])
+
+
+def test_a_rounded_model_can_be_pickled_and_its_weights_written(tmp_path):
+    model, batch = build("bert")
+    for edit in hc.plan_quantization(model, bits=4):
+        fake_(model.get_submodule(edit.module), 4, 64, None)
+        observe_(model.get_submodule(edit.module))
+    torch.save(model, tmp_path / "model.pt")
+    again = torch.load(tmp_path / "model.pt", weights_only=False)
+    assert torch.equal(outputs(again, batch), outputs(model, batch))
+    query = model.bert.encoder.layer[0].attention.self.query
+    query.weight.data.zero_()
+    assert not query._parameters["weight"].any() and query.weight is query._parameters["weight"]
 
 
 def test_two_processes_agree(tmp_path):
@@ -224,9 +300,14 @@ def test_refused_at_construction(options, message):
         hc.QuantizationCallback(**options)
 
 
+class Mine(hc.PruningCallback):
+    pass
+
+
 @pytest.mark.parametrize("order", [0, 1])
-def test_not_beside_pruning(order, tmp_path):
-    callbacks = [hc.PruningCallback(heads=0.5), hc.QuantizationCallback(8)][:: 1 - 2 * order]
+@pytest.mark.parametrize("kind", [hc.PruningCallback, Mine])
+def test_not_beside_pruning(order, kind, tmp_path):
+    callbacks = [kind(heads=0.5), hc.QuantizationCallback(8)][:: 1 - 2 * order]
     run = trainer(tmp_path, callbacks)
     before = fingerprint(run.model)
     with pytest.raises(hc.CompressionError, match="Train twice: prune first"):

@@ -172,6 +172,40 @@ def test_what_stays_in_full_precision_is_said(caplog):
     assert all("embeddings" not in e.module for e in hc.plan_quantization(model, bits=8, embeddings=False))
 
 
+@pytest.mark.parametrize(
+    ("kind", "config", "heads"),
+    [
+        (T.DistilBertForMaskedLM, T.DistilBertConfig(vocab_size=99, dim=64, n_layers=1, n_heads=4, hidden_dim=96), "vocab_"),
+        (T.DeiTForImageClassificationWithTeacher, T.DeiTConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
+            intermediate_size=64, image_size=32, patch_size=8), "classifier"),
+        (T.ElectraForMaskedLM, T.ElectraConfig(vocab_size=99, hidden_size=64, num_hidden_layers=1, num_attention_heads=4,
+            intermediate_size=96), "generator_"),
+    ],
+)  # fmt: skip
+def test_heads_are_what_lies_outside_the_base_model(kind, config, heads):
+    plan = hc.plan_quantization(kind(config), bits=8)
+    assert plan.edits and not any(heads in edit.module for edit in plan)
+
+
+def test_experts_that_stay_in_float_are_said(caplog):
+    config = T.MixtralConfig(
+        vocab_size=99, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2, intermediate_size=64,
+        num_local_experts=4, pad_token_id=0,
+    )  # fmt: skip
+    records = []
+    handler = logging.Handler()
+    handler.emit = lambda record: records.append(record.getMessage())
+    logger = logging.getLogger("hf_compress.planners")
+    logger.addHandler(handler)
+    try:
+        hc.plan_quantization(T.MixtralForCausalLM(config), bits=8)
+    finally:
+        logger.removeHandler(handler)
+    (said,) = [r for r in records if r.startswith("Left in full precision")]
+    share = float(said.split("%")[0].split()[-1])
+    assert share > 50 and "experts" in said
+
+
 def test_decoded_once_or_at_each_use(tmp_path):
     model, batch = build("bert")
     call = copy.deepcopy(model)

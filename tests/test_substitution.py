@@ -118,6 +118,24 @@ def test_gram_matrices_in_several_passes_are_the_same(monkeypatch):
     assert hc.plan_low_rank(model, [batch], ratio=0.5) == once
 
 
+def test_a_decoder_is_not_masked_by_the_encoder():
+    from hf_compress.planners import _measure_grams
+
+    model, batch = build("t5")
+    batch["decoder_input_ids"] = batch["input_ids"].flip(1)  # as long as the input, half of which is padding
+    batch["attention_mask"][:, 5:] = 0
+    names = [n for n in kind_of_linear(model) if n.endswith("SelfAttention.q")]
+    grams = _measure_grams(model, {n: model.get_submodule(n) for n in names}, [batch])
+    seen = {}
+    for n in names:
+        model.get_submodule(n).register_forward_pre_hook(lambda m, args, n=n: seen.update({n: args[0].detach()}))
+    outputs(model, batch)
+    for n in names:
+        x = seen[n] if "decoder" in n else seen[n][:, :5]
+        x = x.reshape(-1, x.shape[-1]).numpy()
+        np.testing.assert_allclose(grams[n].numpy(), x.T @ x, rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.parametrize("rank", [1, 3])
 def test_a_random_projection_is_never_better_than_the_fit(rank):
     weight, x = torch.randn(12, 9).double(), torch.randn(40, 9).double()

@@ -39,6 +39,11 @@ class _ExitingLayer:
             return super().__call__(*args, **kwargs)  # type: ignore[misc]
         return now.layer(self._exit_index, super().__call__, args, kwargs)  # type: ignore[misc]
 
+    def __reduce_ex__(self, protocol: Any) -> tuple:
+        # this class is found under no name, so what is written is the class that it was made from
+        _, _, *state = super().__reduce_ex__(max(2, protocol))  # type: ignore[misc]
+        return (_blank, (PLAIN[type(self)],), *state)
+
 
 EXITING: dict[type, type] = {}  # a layer's class -> its subclass that exits
 PLAIN: dict[type, type] = {}
@@ -52,7 +57,12 @@ def _exiting(cls: type) -> type:
     return EXITING[cls]
 
 
-# Called with a model whose options have changed: what writes them into its config adds itself here (it lies a level above).
+def _blank(cls: type) -> Any:
+    """A layer that exits, with nothing in it: what a copy or a pickle begins with."""
+    return object.__new__(_exiting(cls))
+
+
+# Called with a model whose options have changed, or whose exits are gone: what writes them into its config adds itself here (it lies a level above).
 CHANGED: list[Callable[[nn.Module], None]] = []
 
 
@@ -122,8 +132,31 @@ def attach_exits_(model: nn.Module, options: Mapping[str, Any]) -> None:
 def detach_exits_(model: nn.Module) -> None:
     """Take heads, hooks and class swaps off again: the model that was there before.
 
+    The exits leave the model's compression record too, and a record that holds nothing else leaves its config: what is then
+    saved is the checkpoint that the model would have given without exits.
+
+    Args:
+        model (`PreTrainedModel`): a model with exits, changed in place.
+
     Raises:
         CompressionError: the model has no exits.
+
+    Example:
+
+    ```python
+    >>> from transformers import BertConfig, BertForSequenceClassification
+    >>> import hf_compress as hc
+    >>> model = BertForSequenceClassification(BertConfig(
+    ...     vocab_size=99, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=64,
+    ... ))
+    >>> _ = hc.apply_(model, hc.Plan([hc.AddExits([0, 1])]))
+    >>> hasattr(model.config, "quantization_config"), list(model.exit_heads)
+    (True, ['0', '1'])
+    >>> hc.detach_exits_(model)
+    >>> hasattr(model.config, "quantization_config"), hasattr(model, "exit_heads")
+    (False, False)
+
+    ```
     """
     state = _state(model)
     for layer in model.modules():
@@ -137,6 +170,8 @@ def detach_exits_(model: nn.Module) -> None:
             del hooks[key]
             for flags in (f"{name}_with_kwargs", f"{name}_always_called"):
                 getattr(model, flags, {}).pop(key, None)
+    for changed in CHANGED:
+        changed(model)
 
 
 def _stack(model: nn.Module, options: Mapping[str, Any]) -> nn.ModuleList:

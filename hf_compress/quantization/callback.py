@@ -9,15 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import Trainer, TrainerCallback
 
 from ..edits import CompressionError, Quantize
-from ..host import calling_trainer, guard, refuse_sharded, restore_what_stock_lost, resumed_from, unguard
+from ..host import calling_trainer, guard, refuse_sharded, restore_best, restore_what_stock_lost, resumed_from, unguard
 from ..modules import is_gated
 from ..plan import Plan
 from ..planners import HEADS, plan_quantization
+from ..pruning.callback import PruningCallback
 from ..substitute import sharers
 from ..surgery import apply_
 from .fake import fake_, is_fake, observe_, scales_of, unfake_
@@ -110,7 +112,7 @@ class QuantizationCallback(TrainerCallback):
         trainer = calling_trainer()
         refuse_sharded(trainer, model, type(self).__name__)
         for other in [] if trainer is None else trainer.callback_handler.callbacks:
-            if other is not self and type(other).__name__ in ("PruningCallback", "QuantizationCallback"):
+            if other is not self and isinstance(other, PruningCallback | QuantizationCallback):
                 raise CompressionError(
                     f"A QuantizationCallback cannot share a training with a {type(other).__name__}: both change what the same "
                     "modules compute. Train twice: prune first, then quantize what is left."
@@ -124,6 +126,8 @@ class QuantizationCallback(TrainerCallback):
         self._model, self._trainer, self.plan = model, trainer, None
         self._modules, self._frozen = {}, False
         checkpoint: Any = None if trainer is None else resumed_from(trainer)
+        if checkpoint is not None:
+            self._check_resumed(checkpoint)
 
         def enter() -> None:
             if not self._modules and state.global_step >= round(self.start * state.max_steps):
@@ -140,6 +144,8 @@ class QuantizationCallback(TrainerCallback):
         if not self._modules:
             if state.global_step >= round(self.start * state.max_steps):
                 self._round(None)
+                # whatever was best so far was never rounded
+                state.best_metric = state.best_model_checkpoint = state.best_global_step = None
         elif not self._frozen and (state.global_step % self.every == 0 or self._is_late(state)):
             self._observe()
             self._frozen = self._is_late(state)
@@ -147,7 +153,9 @@ class QuantizationCallback(TrainerCallback):
     def on_save(self, args, state, control, **kwargs):
         folder = Path(args.output_dir or ".") / f"checkpoint-{state.global_step}"
         if self._modules and state.is_world_process_zero and folder.is_dir():
-            save_file({**self._tensors(), "frozen": torch.tensor(self._frozen)}, os.fspath(folder / SCALES_FILE))
+            how = {name: str(value) for name, value in self._grid().items()}
+            tensors = {**self._tensors(), "frozen": torch.tensor(self._frozen)}
+            save_file(tensors, os.fspath(folder / SCALES_FILE), metadata=how)
 
     def on_train_end(self, args, state, control, **kwargs):
         if self._model is None:
@@ -155,8 +163,10 @@ class QuantizationCallback(TrainerCallback):
         if not self._modules:
             self._round(None)
         best = state.best_model_checkpoint
-        if args.load_best_model_at_end and best is not None and not self._load(best):  # its weights are in already
-            self._observe()
+        if args.load_best_model_at_end and best is not None:
+            restore_best(args, state, self._model)
+            if not self._load(best):
+                self._observe()
         model, planned, trainer = self._model, self._planned, self._trainer
         tensors = self._tensors()
         self._stop()
@@ -196,6 +206,32 @@ class QuantizationCallback(TrainerCallback):
                 if zero is not None:
                     found[f"{edit.module}.{key}_zero"] = zero.cpu().contiguous()
         return found
+
+    def _grid(self) -> dict[str, Any]:
+        """The options that say what scales mean."""
+        first = self._planned[0]
+        return {"bits": first.bits, "group_size": first.group_size, "activations": first.activations}
+
+    def _check_resumed(self, checkpoint: Any) -> None:
+        """Refuse scales of other options now, and not when training ends."""
+        path = Path(checkpoint) / SCALES_FILE
+        if not path.is_file():
+            return
+        with safe_open(os.fspath(path), "pt") as file:
+            found, names = file.metadata() or {}, set(file.keys())
+        mine = {name: str(value) for name, value in self._grid().items()}
+        differ = sorted(name for name in mine if found.get(name) != mine[name])
+        if differ:
+            raise CompressionError(
+                f"The checkpoint was trained with {differ[0]}={found.get(differ[0])}, this callback has {mine[differ[0]]}: "
+                "resume with the options that the run began with."
+            )
+        missing = [edit.module for edit in self._planned if f"{edit.module}.weight_scale" not in names]
+        if missing:
+            raise CompressionError(
+                f"The checkpoint has no scale for {missing[0]!r} (of {len(missing)}): it was trained with another skip= or "
+                "embeddings=. Resume with the options that the run began with."
+            )
 
     def _load(self, checkpoint: Any) -> bool:
         """The scales that were saved with a checkpoint; False where it was saved before rounding began."""

@@ -1,4 +1,8 @@
-"""Fake quantization: the values that a quantized module will have, in floating point, with gradients for training."""
+"""Fake quantization: the values that a quantized module will have, in floating point, with gradients for training.
+
+A module is faked in place, by its class. `weight` stays the float parameter that optimizers, checkpoints and other
+callbacks know; forward multiplies by its rounded values, with a straight-through gradient (Bengio et al. 2013).
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from ..modules import LowRankLinear
+from ..modules import LockedLinear, LowRankLinear
 from .grids import fake_quantize, fake_quantize_rows, find_grid
 from .modules import quantize_
 
@@ -20,74 +24,72 @@ QUANTIZED = ("weight", "weight_in")
 
 
 class _Fake:
-    """A module that computes with rounded weights (and activations); its parameters stay the float ones that are trained.
+    """A projection that computes with rounded weights, and activations where those are rounded."""
 
-    `weight` is a property of the class here: every forward that says `self.weight` gets the rounded one, with a
-    straight-through gradient (Bengio et al. 2013), while optimizers and checkpoints see the parameter itself.
-    """
-
-    _parameters: dict[str, Any]
     hfc_fake: dict[str, Any]
+    bias: nn.Parameter | None
 
-    @property
-    def weight(self) -> torch.Tensor:
-        return _rounded(self, "weight")
-
-    @property
-    def weight_in(self) -> torch.Tensor:
-        return _rounded(self, "weight_in")
-
-    def forward(self, input: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
         how = self.hfc_fake["activations"]
         if how is None:
-            return super().forward(input, *args, **kwargs)  # type: ignore[misc]
+            return self._multiply(input)
         if not torch.is_grad_enabled():
             return _twin(self)(input)  # the kernel itself: through many layers, float noise would flip other roundings
-        input = fake_quantize_rows(input, how)
-        if isinstance(self, LowRankLinear):
-            inner = fake_quantize_rows(F.linear(input, self.weight_in), how)
-            return F.linear(inner, self.weight, self.bias)
-        return super().forward(input)  # type: ignore[misc]
+        return self._multiply(fake_quantize_rows(input, how))
+
+    def _multiply(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, _rounded(self, "weight"), self.bias)
 
 
-FAKE: dict[type, type] = {}  # a module's class -> its subclass that rounds
-PLAIN: dict[type, type] = {}
+class FakeLinear(_Fake, nn.Linear):
+    pass
+
+
+class FakeLockedLinear(_Fake, LockedLinear):
+    pass
+
+
+class FakeConv1D(_Fake, Conv1D):
+    pass
+
+
+class FakeLowRankLinear(_Fake, LowRankLinear):
+    def _multiply(self, x: torch.Tensor) -> torch.Tensor:
+        inner = F.linear(x, _rounded(self, "weight_in"))
+        how = self.hfc_fake["activations"]
+        return super()._multiply(inner if how is None else fake_quantize_rows(inner, how))
+
+
+class FakeEmbedding(nn.Embedding):
+    hfc_fake: dict[str, Any]
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        rows = super().forward(input)  # only what is looked up is rounded
+        scale, zero = (None if t is None else t[input.reshape(-1)] for t in self.hfc_fake["scales"]["weight"])
+        fake = self.hfc_fake
+        return fake_quantize(rows.reshape(-1, rows.shape[-1]), fake["bits"], fake["group_size"], scale, zero).view_as(rows)
+
+
+FAKE: dict[type, type] = {
+    nn.Linear: FakeLinear,
+    LockedLinear: FakeLockedLinear,
+    Conv1D: FakeConv1D,
+    LowRankLinear: FakeLowRankLinear,
+    nn.Embedding: FakeEmbedding,
+}
+PLAIN = {fake: plain for plain, fake in FAKE.items()}
 
 
 def fake_(module: nn.Module, bits: int, group_size: int | None, activations: str | None) -> None:
     """Let a Linear, Conv1D, low-rank Linear or Embedding compute as if it were quantized. In place, by its class."""
-    cls = type(module)
-    if cls not in FAKE:
-        FAKE[cls] = type(cls.__name__, (_Fake, cls), {"__module__": cls.__module__})
-        PLAIN[FAKE[cls]] = cls
     module.__dict__["hfc_fake"] = {"bits": bits, "group_size": group_size, "activations": activations, "scales": {}}
-    module.__class__ = FAKE[cls]
+    module.__class__ = FAKE[type(module)]
 
 
 def unfake_(module: nn.Module) -> None:
     if type(module) in PLAIN:
         module.__class__ = PLAIN[type(module)]
         del module.__dict__["hfc_fake"]
-
-
-@torch.no_grad()
-def _twin(module: Any) -> nn.Module:
-    """The quantized module that this one stands for, kept until a weight or a scale is another one."""
-    fake = module.hfc_fake
-    weights = {name: module._parameters[name] for name in QUANTIZED if name in module._parameters}
-    seen = [(id(w), w._version, id(fake["scales"][name][0])) for name, w in weights.items()]
-    if fake.get("seen") != seen:
-        twin = copy.copy(module)  # shares its parameters, until it is given its own
-        twin.__dict__ = {**module.__dict__, "_parameters": dict(module._parameters)}
-        unfake_(twin)
-        given = {}
-        for name in weights:
-            scale, zero = fake["scales"][name]
-            given |= {f"{name}_scale": scale} if zero is None else {f"{name}_scale": scale, f"{name}_zero": zero}
-        options = {key: fake[key] for key in ("bits", "group_size", "activations")}
-        quantize_(twin, **options, given=given)
-        fake["seen"], fake["twin"] = seen, twin
-    return fake["twin"]
 
 
 def is_fake(module: nn.Module) -> bool:
@@ -113,8 +115,28 @@ def _matrix(module: Any, weight: torch.Tensor) -> torch.Tensor:
 
 
 def _rounded(module: Any, name: str) -> torch.Tensor:
+    """The (out, in) weight on its grid."""
     fake = module.hfc_fake
-    weight = module._parameters[name]
-    scale, zero = fake["scales"][name]
-    rounded = fake_quantize(_matrix(module, weight), fake["bits"], fake["group_size"], scale, zero)
-    return rounded.T if isinstance(module, Conv1D) else rounded
+    return fake_quantize(_matrix(module, module._parameters[name]), fake["bits"], fake["group_size"], *fake["scales"][name])
+
+
+@torch.no_grad()
+def _twin(module: Any) -> nn.Module:
+    """The quantized module that this one stands for, kept until a weight or a scale is another one."""
+    fake = module.hfc_fake
+    weights = {name: module._parameters[name] for name in QUANTIZED if name in module._parameters}
+    seen = [(id(w), w._version, id(fake["scales"][name][0])) for name, w in weights.items()]
+    if fake.get("seen") != seen:
+        twin = copy.copy(module)  # shares its parameters, until it is given its own
+        twin.__dict__ = {**module.__dict__, "_parameters": dict(module._parameters)}
+        unfake_(twin)
+        if type(twin) is LockedLinear:
+            twin.__class__ = nn.Linear
+        given = {}
+        for name in weights:
+            scale, zero = fake["scales"][name]
+            given |= {f"{name}_scale": scale} if zero is None else {f"{name}_scale": scale, f"{name}_zero": zero}
+        options = {key: fake[key] for key in ("bits", "group_size", "activations")}
+        quantize_(twin, **options, given=given)
+        fake["seen"], fake["twin"] = seen, twin
+    return fake["twin"]

@@ -13,9 +13,8 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from ..edits import CompressionError
+from ..edits import BITS, CompressionError
 
-BITS = (8, 4, 3, 2)
 GROUP_SIZE = 64
 ACTIVATIONS = ("token", "tensor", None)
 DECODE = ("load", "call")
