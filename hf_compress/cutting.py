@@ -86,6 +86,8 @@ def cut_(get: Callable[[str], nn.Module], cut: Cut, variant: Variant, undo: Undo
         entry = record.setdefault(part.module, {})
         if part.parameter is not None:
             _keep(module, part.parameter, rows, part.dim, entry, undo)
+            if isinstance(module, nn.Embedding) and part.dim == 1:  # UMT5's bias, one column a head
+                _set(module, "embedding_dim", len(rows), entry, undo)
             continue
         _ungate(module, undo)  # a mask on the same columns has done its work
         name, dim = factor(module, part.dim)

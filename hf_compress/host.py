@@ -65,9 +65,17 @@ def restore_what_stock_lost(trainer: Trainer, model: Any) -> None:
 
 
 def restore_best(args: Any, state: Any, model: Any) -> None:
-    """The best weights, where stock `Trainer` has not put all of them back: those saved under other names (ViT, Swin, ...)."""
+    """Put the best model's weights in where stock `Trainer` skipped those that are saved under other names (ViT, Swin, ...).
+
+    For `on_train_end`, before anything changes. Only the first callback that asks does it: another may have cut or quantized
+    the model by then, which the checkpoint would not fit any more. Does nothing where no best model was loaded, or where
+    weights are saved as they are named.
+    """
     best = state.best_model_checkpoint
-    if args.load_best_model_at_end and best is not None and isinstance(model, PreTrainedModel) and keys_differ(model, best):
+    if not args.load_best_model_at_end or best is None or vars(state).get("_hfc_restored") == best:
+        return
+    vars(state)["_hfc_restored"] = best  # no field of the dataclass, so it is not saved
+    if isinstance(model, PreTrainedModel) and keys_differ(model, best):
         restore_weights(model, best)
 
 

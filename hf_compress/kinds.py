@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .edits import CompressionError
 from .modules import LockedLinear, LowRankLinear, width
-from .quantization import quantized_
+from .quantization import is_quantized, options_of, quantized_
 
 # --- low rank ----------------------------------------------------------------------------------------------------
 
@@ -150,6 +150,10 @@ def follow_ties_(model: Any) -> None:
         one, other = (modules.get(name.rpartition(".")[0]) for name in (target, source))
         if one is None or other is None or not target.endswith(".weight"):
             continue
+        if is_quantized(other) and type(one) is nn.Linear:  # a head that the checkpoint did not have
+            make_(one, [["quantized", {**options_of(other), "activations": None}]])
+        if is_quantized(one):
+            one.settle_()  # type: ignore[operator]  # no checkpoint fills it, and transformers counts its rows before it ties it
         for key in ("weight_scale", "weight_zero"):
             if key in one._parameters and key in other._parameters:
                 ties[f"{target.removesuffix('weight')}{key}"] = f"{source.removesuffix('weight')}{key}"

@@ -19,6 +19,7 @@ from .exits.options import check_options
 from .exits.runtime import attach_exits_
 from .kinds import check_kinds, follow_ties_, make_
 from .modules import PLAIN, ConfigView, LockedLinear, gate_, is_gated, lock_, select_heads_, width
+from .quantization import is_quantized
 from .stacks import carry_, config_parts, counts_layers
 
 Layout = dict[str, Any]
@@ -108,11 +109,10 @@ def unrecorded(model: nn.Module, layout: Layout | None) -> str | None:
             return name
         for key, tensor in theirs[name]._parameters.items():
             mine = ours[name]._parameters[key]
-            shape = (
-                tensor.shape[1:]
-                if tensor is not None and name in locked and key == "weight"
-                else tensor is not None and tensor.shape
+            leading = (name in locked and key == "weight") or (
+                is_quantized(ours[name]) and tensor is not None and tensor.ndim == 3
             )
+            shape = tensor is not None and tensor.shape[1:] if leading else tensor is not None and tensor.shape
             if mine is not None and mine.shape != shape:
                 return f"{name}.{key}"
     return None
@@ -315,7 +315,7 @@ def replay_(model: nn.Module, layout: Layout) -> None:
             module = found[name]
             if module is not None:
                 _replay_module(name, module, entry)
-            elif name.startswith(prefix) or prefix == ".":
+            elif "kinds" not in entry and (name.startswith(prefix) or prefix == "."):
                 raise CompressionError(
                     f"The checkpoint cuts {name!r}, which {type(model).__name__} does not have: another model."
                 )  # any other is a head that this class does not carry
@@ -351,6 +351,10 @@ def _replay_module(name: str, module: nn.Module, entry: Mapping[str, Any]) -> No
 def finish_replayed(model: nn.Module, layout: Layout) -> None:
     """After the weights are in: give locked modules their real shape back, and put gates on."""
     locked = [name for name, entry in layout["modules"].items() if entry.get("lock")]
+    if any("kinds" in entry for entry in layout["modules"].values()):
+        for module in model.modules():
+            if is_quantized(module):  # what no checkpoint filled
+                module.settle_()  # type: ignore[operator]
     if not locked and not layout.get("gates"):
         return
     find = _finder(model)

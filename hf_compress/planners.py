@@ -19,7 +19,7 @@ from .fits import best_rank
 from .kinds import SEPARABLE, largest_rank, not_separable
 from .modules import LockedLinear, LowRankLinear, dense_weight, is_gated, width
 from .plan import Plan
-from .probe import probing, quiet_run, use_of_weights
+from .probe import NoInputs, probing, quiet_run, use_of_weights
 from .quantization import is_quantized
 from .refusals import check_foreign
 
@@ -99,11 +99,14 @@ def plan_low_rank(
     }
     if not found:
         raise CompressionError(_nothing(model, modules, "Linear or Conv1D that could be made low-rank"))
+    found = _in_use(model, found)
     edits = []
     for name, module in found.items():
         out, inner = width(module, 0), width(module, 1)
-        chosen = rank if ratio is None else max(1, int(ratio * out * inner / (out + inner)))
+        chosen: Any = rank if ratio is None else max(1, int(ratio * out * inner / (out + inner)))
         most = largest_rank(out, inner)
+        if ratio is not None and (most < 1 or chosen > most):  # a gate of one output: nothing to gain
+            continue
         if type(chosen) is int and chosen > most:
             raise CompressionError(
                 f"rank={chosen} is too high for {name!r} ({out} x {inner}): above {most} the factors are larger than the "
@@ -117,7 +120,12 @@ def plan_low_rank(
     for edit, gram in tqdm(grams, desc="factorise", total=len(edits), leave=False, disable=None, delay=3):
         outer, inner = best_rank(dense_weight(found[edit.module]).detach(), edit.rank, gram)
         tensors[f"{edit.module}.weight"], tensors[f"{edit.module}.weight_in"] = outer.cpu(), inner.cpu()
-    return Plan(edits, tensors)
+    reached = [edit for edit in edits if f"{edit.module}.weight" in tensors]
+    if not reached:
+        raise CompressionError(f"No batch reaches {edits[0].module!r} (of {len(edits)}); give batches that use them.")
+    if len(reached) < len(edits):
+        logger.warning(f"Left as they are, since no batch reaches them: {len(edits) - len(reached)} of {len(edits)} modules.")
+    return Plan(reached, tensors)
 
 
 def plan_depthwise(model: nn.Module, *, modules: str | None = None, multiplier: int = 1) -> Plan:
@@ -305,6 +313,22 @@ def _tell_what_stays(model: nn.Module, planned: set[int]) -> None:
         logger.warning(f"Left in full precision, {share:.1%} of the weights: {', '.join(most[:6])}{more}.")
 
 
+def _in_use(model: nn.Module, found: dict[str, nn.Module]) -> dict[str, nn.Module]:
+    """Without those that do not run, or whose weight something else reads, as far as made inputs can tell."""
+    try:
+        with probing(model, None) as run:
+            ran, read = use_of_weights(found, run)
+    except NoInputs:
+        return found  # `apply_` will be given inputs, and tells
+    kept = {name: module for name, module in found.items() if name in ran and name not in read}
+    if not kept:
+        return found
+    if len(kept) < len(found):
+        left = [name for name in found if name not in kept]
+        logger.warning(f"Left as they are, since they do not run or something else reads their weight: {', '.join(left[:6])}.")
+    return kept
+
+
 def _refuse_quantized(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if is_quantized(module):
@@ -327,7 +351,11 @@ def _grams(
         grams = _measure_grams(model, {edit.module: found[edit.module] for edit in chunk}, batches)
         for edit in chunk:
             if edit.module not in grams:
-                raise CompressionError(f"No batch reaches {edit.module!r}; give batches that use it, or choose modules=...")
+                continue
+            if not bool(grams[edit.module].any()):
+                raise CompressionError(
+                    f"The inputs of {edit.module!r} are all zero on these batches, or their attention_mask hides every row."
+                )
             if not bool(torch.isfinite(grams[edit.module]).all()):
                 raise CompressionError(f"The inputs of {edit.module!r} are not finite on these batches.")
             yield edit, grams[edit.module]
@@ -377,10 +405,16 @@ def _measure_grams(
         for name, module in modules.items():
             stack.callback(module.register_forward_pre_hook(hook(name)).remove)
         for batch in tqdm(batches, desc="calibrate", unit="batch", leave=False, disable=None, delay=3):
-            batch = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items() if "label" not in k}
+            batch = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items() if "label" not in str(k)}
             for side, key in (("encoder", ""), ("decoder", "decoder_" if two_sided else "")):
                 found = batch.get(f"{key}attention_mask")
                 masks[side] = found if isinstance(found, torch.Tensor) and found.ndim == 2 else None
-            run(batch)
+            try:
+                run(batch)
+            except Exception as error:  # a model may refuse a batch in any way
+                raise CompressionError(
+                    f"{type(model).__name__} does not run on a batch ({', '.join(map(str, batch))}): "
+                    f"{type(error).__name__}: {error}"
+                ) from error
             last[:] = [None, ""]
     return {name: grams[leader[name]] for name in modules if leader.get(name) in grams}

@@ -158,6 +158,7 @@ def probing(model: nn.Module, inputs: Mapping[str, Any] | None) -> Iterator[Call
         def run(cache: bool = False) -> list[Any]:
             return [run_part(batch, cache) for run_part, batch in runs]
 
+        trees = [(module, dict(module._modules), _settings(module)) for module in model.modules()]
         try:
             run()
         except Exception as error:  # a model may refuse an input in any way
@@ -166,7 +167,20 @@ def probing(model: nn.Module, inputs: Mapping[str, Any] | None) -> Iterator[Call
                 f"{type(model).__name__} does not run on the proof's inputs ({names}): {type(error).__name__}: {error}. "
                 "Pass inputs=... with a small batch that it runs on."
             ) from error
+        if any(module._modules != children for module, children, _ in trees):  # BigBird, on inputs that are too short
+            for module, children, settings in trees:
+                module._modules.clear()
+                module._modules.update(children)
+                module.__dict__.update(settings)
+            raise NoInputs(
+                f"{type(model).__name__} replaced modules of its own when it ran on the proof's inputs (too short for its kind "
+                "of attention, say); they were put back. Pass inputs=... with a batch like those that it will see."
+            )
         yield run
+
+
+def _settings(module: nn.Module) -> dict[str, Any]:
+    return {key: value for key, value in vars(module).items() if isinstance(value, str | int | float | bool)}
 
 
 def owners_in(model: nn.Module) -> list[tuple[str, PreTrainedModel]]:
@@ -222,17 +236,16 @@ def tolerance(dtype: torch.dtype) -> float:
 
 
 class _Watched(torch.Tensor):
-    """A weight that remembers whether anything but its dtype or device was asked of it."""
+    """A weight that remembers what was asked of it."""
 
-    hfc_read: list[bool]
+    hfc_read: set[str]
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         asked = getattr(getattr(func, "__self__", None), "__name__", "") if func.__name__ == "__get__" else func.__name__
-        if asked not in ("dtype", "device", "requires_grad", "is_meta"):
-            for value in (*args, *(kwargs or {}).values()):
-                if isinstance(value, _Watched):
-                    value.hfc_read[0] = True
+        for value in (*args, *(kwargs or {}).values()):
+            if isinstance(value, _Watched):
+                value.hfc_read.add(asked)
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **(kwargs or {}))
 
@@ -240,16 +253,17 @@ class _Watched(torch.Tensor):
 def use_of_weights(modules: Mapping[str, nn.Module], run: Callable[[], Any]) -> tuple[set[str], set[str]]:
     """Run a model, and see whose forward runs, and whose weight something else than its own forward reads.
 
-    Asking for a weight's dtype or device is no reading: T5 does that to cast what it hands to a Linear.
+    Asking for a weight's device is no reading, nor for its dtype where int8 is known to be special: T5 does that to cast
+    what it hands to a Linear.
     """
     ran: set[str] = set()
-    seen: dict[str, list[bool]] = {}
+    seen: dict[str, set[str]] = {}
     with ExitStack() as stack:
         for name, module in modules.items():
             weight = module._parameters["weight"]
             assert weight is not None
             watched: Any = weight.detach().as_subclass(_Watched)
-            seen[name] = watched.hfc_read = [False]
+            seen[name] = watched.hfc_read = set()
 
             def enter(m: nn.Module, *_: Any, name: str = name, weight: Any = weight) -> None:
                 ran.add(name)
@@ -263,4 +277,9 @@ def use_of_weights(modules: Mapping[str, nn.Module], run: Callable[[], Any]) -> 
             stack.callback(module._parameters.__setitem__, "weight", weight)
             module._parameters["weight"] = watched  # type: ignore[assignment]
         run()
-    return ran, {name for name, (read,) in seen.items() if read}
+    harmless = {"device", "requires_grad", "is_meta"}
+    return ran, {name for name, asked in seen.items() if asked - harmless - ({"dtype"} if _knows_int8(name) else set())}
+
+
+def _knows_int8(name: str) -> bool:
+    return name.rpartition(".")[2] in ("wo", "fc2")  # T5 and its kin: `if ...weight.dtype != torch.int8`

@@ -16,6 +16,7 @@ from .edits import CompressionError
 from .layout import replay_
 from .loader import compression_of
 from .modules import LockedLinear, lock_
+from .quantization import is_quantized
 
 
 def restore_weights(model: PreTrainedModel, checkpoint: str | os.PathLike) -> None:
@@ -99,6 +100,9 @@ def _take_shapes(model: PreTrainedModel, small: PreTrainedModel) -> None:
             module.__class__ = nn.Linear  # type: ignore[assignment]
         elif type(module) is nn.Linear and locked:
             lock_(module)
+    for module in model.modules():
+        if is_quantized(module):
+            module.settle_()  # type: ignore[operator]
     for name in kinds:
         model.get_submodule(name).__dict__["hfc_kinds"] = kinds[name]
     model.config.__dict__.update({k: v for k, v in small.config.__dict__.items() if not k.startswith("_")})

@@ -101,6 +101,8 @@ def _become_low_rank(module: Any, edit: LowRank, given: dict[str, torch.Tensor] 
     low_rank_(module, edit.rank)
     module.weight.copy_(out)
     module.weight_in.copy_(inner)
+    if not bool(module.weight.isfinite().all() and module.weight_in.isfinite().all()):
+        raise CompressionError(f"The factors of {edit.module!r} do not fit into {module.weight.dtype}; make the plan again.")
     return ["low_rank", {"rank": edit.rank}]
 
 
@@ -128,6 +130,7 @@ def _share_quantized(module: Any, sharer: Any, edit: Quantize) -> list[Any]:
     """A head that is tied to an embedding stays tied: both hold the same integers, and only its weights are rounded."""
     options = {**_options(sharer, edit), "activations": None}
     quantized_(sharer, **options)
+    sharer.settle_()
     for name, parameter in module._parameters.items():
         if name != "bias":
             sharer._parameters[name] = parameter
@@ -151,6 +154,11 @@ def _given(edit: Substitution, name: str, module: nn.Module, tensors: Tensors | 
             f"{type(edit).__name__}({edit.module!r}) was planned with tensors ({', '.join(sorted(wanted))}), which this plan "
             "does not carry. Use the plan that its planner returned, or Plan.load(folder)."
         )
+    broken = [key for key, value in found.items() if value.is_floating_point() and not bool(value.isfinite().all())]
+    if broken:
+        raise CompressionError(
+            f"The plan's tensor {edit.module}.{broken[0]} holds NaN or infinite values; make the plan again."
+        )
     device = next(module.parameters()).device
     return {key: value.to(device) for key, value in found.items()}
 
@@ -167,10 +175,8 @@ SCALES = ("weight_scale", "weight_zero", "weight_in_scale", "weight_in_zero")
 
 
 def _entry(module: Any, kinds: list[Any]) -> dict[str, Any]:
-    entry: dict[str, Any] = {
-        "kinds": kinds,
-        "shapes": {key: list(p.shape) for key, p in module._parameters.items() if p is not None},
-    }
+    shapes = {key: list(p.shape) for key, p in module.state_dict().items()}  # as on disk: quantized weights have one axis more
+    entry: dict[str, Any] = {"kinds": kinds, "shapes": shapes}
     if isinstance(module, nn.Linear):
         entry["attributes"] = {"out_features": module.out_features, "in_features": module.in_features}
     return entry
@@ -182,6 +188,10 @@ def _entry(module: Any, kinds: list[Any]) -> dict[str, Any]:
 def _check(model: nn.Module, name: str, module: Any, edit: Substitution, tied: list[tuple[str, nn.Module]]) -> None:
     what = type(edit).__name__
     check_weights(name, module)
+    weight = module._parameters.get("weight")
+    if weight is not None and (weight.is_meta or (weight.is_floating_point() and not bool(weight.isfinite().all()))):
+        what_is = "is on the meta device and has no values" if weight.is_meta else "holds NaN or infinite values"
+        raise CompressionError(f"The weight of {name!r} {what_is}; load the model again.")
     if is_gated(module):
         raise CompressionError(f"{name!r} is masked; cut it first (apply_ with the plan of the mask), then use {what}.")
     if is_quantized(module):

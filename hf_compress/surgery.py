@@ -14,6 +14,7 @@ from .cutting import Undo, Variant, cut_
 from .edits import AddExits, CompressionError, KeepHeads
 from .exits.options import resolve_exits
 from .exits.runtime import attach_exits_, detach_exits_
+from .exits.trial import try_exits
 from .kinds import follow_ties_
 from .layout import joined, renamed
 from .masking import Mask
@@ -111,6 +112,8 @@ def apply_(model: nn.Module, plan: Plan, *, inputs: Mapping[str, Any] | None = N
     ```
     """
     outer, model = model, _unwrapped(model)
+    if any(p.is_meta for p in model.parameters()):
+        raise CompressionError("The model is on the meta device and has no weights to change; load it first.")
     check_foreign(model)
     _check_tensors(plan)
     undo: Undo = []
@@ -173,6 +176,7 @@ def _add_exits(model: nn.Module, plan: Plan, inputs: Mapping[str, Any] | None, u
     options = resolve_exits(owner, **lists, inputs=None if name else inputs)
     undo.append(lambda: detach_exits_(owner))
     attach_exits_(owner, options)
+    try_exits(owner, options, None if name else inputs)
     stamp_(owner, name, Plan([edit]), {}, {}, {}, undo, exits=options)
 
 

@@ -1,15 +1,22 @@
-"""Small classifiers with early exits, and what they must give, for the tests of exits."""
+"""Small classifiers with early exits, and what they must give, for the tests of exits. `torchrun -m tests.exiting`."""
+
+import os
+import sys
+
+os.environ["HF_HUB_OFFLINE"] = "1"
 
 import numpy as np
 import torch
 import transformers as T
 
+import hf_compress as hc
 from hf_compress.exits import (
     attach_exits_,
     collect_exits,
     exit_options,
     resolve_exits,
 )
+from tests.trainers import trainer
 from tests.zoo import DEBERTA, GPT2, GQA, IMAGE, TEXT
 
 LABELS = {"num_labels": 3}
@@ -91,8 +98,10 @@ def halves(model, batch):
     for k in range(len(scores)):
         values = scores[k].sort().values
         middle = len(values) // 2
+        while middle < len(values) - 1 and values[middle] - values[middle - 1] < 1e-5:  # equal rows leave together
+            middle += 1
         thresholds.append((values[middle - 1] + values[middle]).item() / 2 if len(values) > 1 else 1.0)
-        scores = scores[:, scores[k] < thresholds[-1]]
+        scores = scores[:, scores[k] <= thresholds[-1]]
     return thresholds
 
 
@@ -100,7 +109,7 @@ def expected(logits, thresholds):
     """What `confidence` must give, with numpy: (rows, C), and the exit of each row."""
     logits = logits.double().numpy()
     p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
-    sure = p[:-1].max(-1) >= np.array(thresholds)[:, None]
+    sure = p[:-1].max(-1) > np.array(thresholds)[:, None]
     taken = np.where(sure.any(0), sure.argmax(0), len(sure))
     return torch.tensor(logits[taken, np.arange(logits.shape[1])]).float(), torch.tensor(taken)
 
@@ -119,3 +128,29 @@ def layer_rows(model, batch):
     for handle in handles:
         handle.remove()
     return [seen.get(i, 0) for i in range(len(stack))]
+
+
+def without_dropout(model):
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        for name in ("attention_dropout", "attn_dropout", "dropout_prob"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
+    return model
+
+
+def joint_training(folder, rows):
+    """Three steps of joint training on batches of 8 rows, `rows` of them in each process."""
+    callback = hc.EarlyExitCallback([0, 1], threshold=0.6, distil=0.3)
+    model = without_dropout(plain_model(num_labels=2))
+    options = {"per_device_train_batch_size": rows, "max_steps": 3, "logging_steps": 3, "optim": "sgd", "learning_rate": 0.1}
+    t = trainer(folder, [callback], model=model, kind=hc.CompressionTrainer, **options)
+    t.train()
+    logs = {k: v for entry in t.state.log_history for k, v in entry.items() if k.endswith("loss") or k.startswith("exit_loss")}
+    return {"weights": dict(t.model.named_parameters()), "logs": logs}
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    torch.save(joint_training(sys.argv[1], 4), f"{sys.argv[1]}/rank{os.environ['RANK']}.pt")

@@ -233,6 +233,74 @@ def test_one_forward_each_no_hidden_states_unless_asked_no_teacher_in_evaluation
     assert fingerprint(teacher) == before and all(p.grad is None for p in teacher.parameters())
 
 
+@pytest.mark.parametrize("alpha_cos", [0.0, 1.0])
+def test_a_teacher_with_exits_teaches_from_its_last_layer(alpha_cos, tmp_path):
+    student, teacher = pair("one_label")
+    plain = copy.deepcopy(teacher)
+    hc.apply_(teacher, hc.Plan([hc.AddExits([0, 1], threshold=0.0)]))  # every row leaves at once
+    found = [
+        gradient(trainer(tmp_path, "one_label", copy.deepcopy(student), t, alpha_task=0.0, alpha_kd=1.0, alpha_cos=alpha_cos))
+        for t in (teacher, plain)
+    ]
+    assert found[0].keys() == found[1].keys() and all(torch.equal(found[0][n], g) for n, g in found[1].items())
+    with torch.no_grad():
+        batch = {k: v for k, v in collate(rows("one_label")).items() if k != "labels"}
+        assert not torch.allclose(teacher(**batch).logits, plain(**batch).logits)  # by itself it exits as before
+    assert (hc.exit_layers(teacher) == 0).all()
+
+
+def test_every_training_of_a_model_init_begins_with_its_own_projections(tmp_path):
+    teacher, students = pair("one_label")[1], []
+
+    def student():
+        students.append(pair("one_label")[0])
+        return students[-1]
+
+    args = D.DistillationArguments(str(tmp_path), max_steps=3, learning_rate=1e-2, alpha_cos=1.0, report_to=[], use_cpu=True,
+                                   disable_tqdm=True, save_strategy="no")  # fmt: skip
+    t = D.DistillationTrainer(
+        None, args, teacher_model=teacher, model_init=student, train_dataset=rows("one_label"), data_collator=collate
+    )
+    start, found = fingerprint(t.projections), []
+    for _ in range(2):
+        t.train()
+        found.append((fingerprint(t.model), fingerprint(t.projections)))
+        assert t.model is students[-1] and t.teachers[0].student is t.model and t.teachers[0].model is teacher
+    assert found[0] == found[1] and found[0][1] != start and len(students) == 3
+
+
+def test_a_student_whose_inputs_cannot_be_made_is_asked_with_rows_of_the_data(tmp_path):
+    """Multiple choice reads (rows, choices, tokens); the mean of the hidden states' distance is over all real tokens."""
+    config = T.BertConfig(**BERT)
+    student, teacher = (model(T.BertForMultipleChoice, config, seed) for seed in (1, 2))
+    draw = torch.Generator().manual_seed(0)
+    data = []
+    for length in (6, 4, 5, 3):
+        ids = torch.zeros(3, 6, dtype=torch.long)
+        ids[:, :length] = torch.randint(5, 99, (3, length), generator=draw)
+        data.append({"input_ids": ids, "attention_mask": (ids != 0).long(), "labels": torch.tensor(length % 3)})
+    t = trainer(tmp_path, None, copy.deepcopy(student), teacher, data, per_device_train_batch_size=2,
+                gradient_accumulation_steps=2, **ALPHAS)  # fmt: skip
+    assert t.layer_map == {2: 2}
+    found = gradient(t)
+    ids, labels = torch.stack([row["input_ids"] for row in data]), torch.stack([row["labels"] for row in data])
+    mask = (ids != 0).long()
+    s, told = (m(ids, mask, output_hidden_states=True) for m in (student, teacher))
+    task = torch.nn.functional.cross_entropy(s.logits, labels)
+    kd = 4 * torch.nn.functional.kl_div(
+        (s.logits / 2).log_softmax(-1), (told.logits / 2).detach().softmax(-1), reduction="batchmean"
+    )
+    h, g = s.hidden_states[-1], told.hidden_states[-1].detach()
+    cos = (1 - (h * g).sum(-1) / h.norm(dim=-1) / g.norm(dim=-1))[mask.view(12, 6) == 1].mean()
+    (ALPHAS["alpha_task"] * task + ALPHAS["alpha_kd"] * kd + ALPHAS["alpha_cos"] * cos).backward()
+    for name, p in student.named_parameters():
+        if p.grad is not None:
+            torch.testing.assert_close(found[name], p.grad, rtol=2e-3, atol=2e-6)
+    assert t.state.log_history[0]["loss_cos"] == pytest.approx(cos.item(), rel=1e-4)
+    with pytest.raises(hc.CompressionError, match="gave none on a small batch"):  # and without data there is nothing to ask
+        D.DistillationTrainer(copy.deepcopy(student), t.args, teacher_model=teacher)
+
+
 def test_projections_are_trained_checkpointed_and_never_in_the_student(tmp_path):
     options = dict(max_steps=4, save_strategy="steps", save_steps=2, per_device_train_batch_size=4, learning_rate=1e-2,
                    logging_steps=4, alpha_cos=1.0, layer_map={1: 2, 2: 3})  # fmt: skip
@@ -432,6 +500,11 @@ def test_arguments_and_optimizers_that_do_not_fit_are_refused(tmp_path):
                                             word_embed_proj_dim=32, max_position_embeddings=40, layerdrop=0.1))  # fmt: skip
     with pytest.raises(hc.CompressionError, match="config.layerdrop = 0"):
         D.DistillationTrainer(skipping, args, teacher_model=pair("llama")[1])
+    integers = pair("one_label")[0]
+    hc.apply_(integers, hc.plan_quantization(integers, bits=8))
+    with pytest.raises(hc.CompressionError, match="integers do not train"):
+        D.DistillationTrainer(integers, args, teacher_model=teacher)
+    assert D.DistillationTrainer(student, D.DistillationArguments(str(tmp_path), report_to=[]), teacher_model=integers)
     a_name_that_says_nothing = type("Mine", (T.BertForSequenceClassification,), {})
     args = D.DistillationArguments(str(tmp_path), report_to=[], use_cpu=True, distillation_task="rows")
     t = D.DistillationTrainer(a_name_that_says_nothing(student.config), args, teacher_model=teacher)
@@ -511,3 +584,11 @@ def test_students_that_cannot_be_are_refused(family, layers, message):
     with pytest.raises(hc.CompressionError, match=message):
         D.init_student(teacher, layers)
     assert fingerprint(teacher) == before
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_quantized_teacher_gives_no_student(bits):
+    teacher = build("bert")[0]
+    hc.apply_(teacher, hc.plan_quantization(teacher, bits=bits, embeddings=False))
+    with pytest.raises(hc.CompressionError, match="full precision"):
+        D.init_student(teacher, 2)

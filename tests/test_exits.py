@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import pickle
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from hf_compress.exits import (
     exit_options,
     exits_off,
     resolve_exits,
+    runtime,
     set_exits_,
 )
 from hf_compress.exits.heads import ExitHead
@@ -52,16 +54,30 @@ def test_criteria_by_value():
     classes = np.stack([x.argmax(-1).numpy() for x in logits])
     streak = [1 if c != b else 2 if b != a else 3 for a, b, c in classes.T]
     assert CRITERIA["patience"].score(logits).tolist() == streak and len(set(streak)) == 3
-    # an entropy of exactly the threshold stays, a confidence of exactly the threshold leaves
-    assert not CRITERIA["entropy"].leaves(torch.tensor(0.5), 0.5) and CRITERIA["confidence"].leaves(torch.tensor(0.5), 0.5)
+    # exactly the threshold stays
+    assert not CRITERIA["entropy"].leaves(torch.tensor(0.5), 0.5) and not CRITERIA["confidence"].leaves(torch.tensor(0.5), 0.5)
+
+
+@pytest.mark.parametrize("labels", [2, 3, 7, 151, 1000, 21843])
+def test_thresholds_reach_both_ends(labels):
+    """The surest row that there is stays at one end, the least sure leaves at the other."""
+    sure = torch.zeros(1, labels)
+    sure[0, 1] = 1e4
+    uniform = torch.cat([torch.zeros(1, labels), torch.full((1, labels), 0.1), torch.full((1, labels), -3.7e3)])
+    for name, nobody, everybody in (("confidence", 1.0, 0.0), ("entropy", 0.0, math.log(labels))):
+        how = CRITERIA[name]
+        assert not how.leaves(how.score([sure]), nobody).any() and how.leaves(how.score([sure]), everybody).all()
+        assert not how.leaves(how.score([uniform]), nobody).any() and how.leaves(how.score([uniform]), everybody).all()
+    np.testing.assert_allclose(CRITERIA["entropy"].score([uniform]), math.log(labels), rtol=1e-6)
+    assert CRITERIA["confidence"].score([sure]).item() == 1.0 and CRITERIA["entropy"].score([sure]).item() == 0.0
 
 
 @pytest.mark.parametrize(
     "criterion, bad",
     [
-        ("confidence", (0.0, 1.1, -1, "x", True, None, [0.5], [0.5, 0.5, 0.5], float("nan"))),
+        ("confidence", (-0.1, 1.1, -1, "x", True, None, [0.5], [0.5, 0.5, 0.5], float("nan"))),
         ("entropy", (-0.1, math.log(3) + 0.1, "x", [0.1], float("inf"))),
-        ("patience", (0, 3, 1.5, "x", [1, 1], True)),
+        ("patience", (0, 4, 1.5, "x", [1, 1], True, float("inf"), float("nan"))),
     ],
 )
 def test_thresholds_without_meaning_are_refused(criterion, bad):
@@ -180,7 +196,7 @@ def test_a_real_run_is_what_the_simulation_says(criterion):
     batch = batch_for(model, 24)
     logits = all_logits(model, batch)
     scores = torch.stack([CRITERIA[criterion].score(list(logits[: k + 1])) for k in range(2)])
-    for threshold in {"patience": (1, 2), "entropy": (0.0, 0.9, 1.0, 1.05), "confidence": (0.4, 0.5, 0.6, 1.0)}[criterion]:
+    for threshold in {"patience": (1, 2, 3), "entropy": (0.0, 0.9, 1.0, 1.05), "confidence": (0.4, 0.5, 0.6, 1.0)}[criterion]:
         set_exits_(model, threshold=threshold)
         taken = simulate(scores, criterion, threshold)
         torch.testing.assert_close(run(model, batch).logits, logits[taken, torch.arange(24)], atol=1e-5, rtol=1e-5)
@@ -288,6 +304,27 @@ def test_copies_are_independent():
     assert torch.equal(run(twin, batch).logits, before) and twin._forward_hooks and not model._forward_hooks
     detach_exits_(twin)
     assert torch.equal(run(twin, batch).logits, run(model, batch).logits)
+
+
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_pickles_are_whole_and_independent(name, tmp_path, monkeypatch):
+    model = model_with_exits(name, threshold=0.0)
+    batch = batch_for(model)
+    thresholds = halves(model, batch)
+    set_exits_(model, threshold=thresholds)
+    wanted, kinds = run(model, batch).logits, [type(m).__qualname__ for m in model.modules()]
+    torch.save(model, tmp_path / "model.pt")
+    written = [pickle.dumps(model, protocol) for protocol in (0, 2, pickle.HIGHEST_PROTOCOL)]
+    monkeypatch.setattr(runtime, "EXITING", {})  # as in a process that has attached no exits yet
+    twins = [*map(pickle.loads, written), torch.load(tmp_path / "model.pt", weights_only=False)]
+    for twin in twins:
+        assert torch.equal(run(twin, batch).logits, wanted) and [type(m).__qualname__ for m in twin.modules()] == kinds
+        set_exits_(twin, threshold=1.0)
+        run(twin, batch)
+        assert exit_layers(twin).tolist() == [2] * 8 and exit_options(model)["threshold"] == thresholds
+        detach_exits_(twin)
+        assert {type(m) for m in twin.modules()} == {type(m) for m in plain_model(name).modules()}
+    assert torch.equal(run(model, batch).logits, wanted)
 
 
 def test_a_forward_that_fails_leaves_nothing_behind():
@@ -411,3 +448,27 @@ def test_layers_that_run_twice_and_packed_rows_are_refused():
     model = model_with_exits("llama")
     with pytest.raises(hc.CompressionError, match="packs several"):
         run(model, batch_for(model), cu_seq_lens_q=torch.tensor([0, 4]))
+
+
+@pytest.mark.parametrize(
+    ("kind", "config"),
+    [
+        (T.RoFormerForSequenceClassification, T.RoFormerConfig(embedding_size=64, num_labels=3, **TEXT)),
+        (T.BloomForSequenceClassification, T.BloomConfig(vocab_size=99, hidden_size=64, n_layer=3, n_head=4, pad_token_id=0)),
+        (T.MobileBertForSequenceClassification, T.MobileBertConfig(vocab_size=99, num_hidden_layers=3)),
+    ],
+)
+def test_models_whose_layers_cannot_run_on_fewer_rows_are_refused(kind, config):
+    """Found by trying, before anything is kept: layers that hand on more, biases built for all rows, heads of another width."""
+    model = kind(config).eval()
+    classes, record = [type(m) for m in model.modules()], model.config.to_dict()
+    with pytest.raises(hc.CompressionError, match="none were added|not offered"):
+        hc.apply_(model, hc.Plan([hc.AddExits([0])]))
+    assert [type(m) for m in model.modules()] == classes and model.config.to_dict() == record
+
+
+def test_exits_are_added_without_gradients():
+    model = plain_model("bert")
+    with torch.no_grad():
+        hc.apply_(model, hc.Plan([hc.AddExits([0])]))
+    assert hc.exit_options(model)["pool"] in ("first", "mean")

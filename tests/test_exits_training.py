@@ -1,5 +1,8 @@
 """Early exits trained in plain Trainers, their thresholds, and their checkpoints."""
 
+import copy
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -20,9 +23,20 @@ from hf_compress.exits import (
 from hf_compress.exits.callback import EarlyExitCallback
 from hf_compress.exits.runtime import CHANGED
 from hf_compress.exits.tune import tune_exits_
-from tests.exiting import all_logits, batch_for, expected, halves, model_with_exits, plain_model, run
-from tests.trainers import rows, trainer
-from tests.zoo import build
+from hf_compress.modules import is_gated
+from tests.exiting import (
+    all_logits,
+    batch_for,
+    expected,
+    halves,
+    model_with_exits,
+    plain_model,
+    run,
+    spread_heads,
+    without_dropout,
+)
+from tests.trainers import Killer, rows, trainer
+from tests.zoo import build, outputs
 
 # --- training --------------------------------------------------------------------------------------------------------
 
@@ -39,16 +53,6 @@ def by_hand(model, batch, labels, weights, distil=0.0, temperature=2.0, scale=1.
     kl = [temperature**2 * (np.exp(t) * (t - log_softmax(x / temperature))).sum(-1).mean() for x in logits[:-1]]
     each = [scale * ((1 - distil) * c + distil * k) for c, k in zip(ce[:-1], kl, strict=True)] + [scale * ce[-1]]
     return float(np.dot(weights, each) / np.sum(weights)), ce
-
-
-def without_dropout(model):
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-        for name in ("attention_dropout", "attn_dropout", "dropout_prob"):
-            if isinstance(getattr(module, name, None), float):
-                setattr(module, name, 0.0)
-    return model
 
 
 @pytest.mark.parametrize("name", ["bert", "vit", "gpt2", "llama", "deberta_v2", "modernbert"])
@@ -229,6 +233,90 @@ def test_a_model_that_has_exits_trains_on(tmp_path):
     assert (options["criterion"], options["threshold"], options["distil"]) == ("entropy", 0.3, 0.5)
 
 
+def test_a_batch_without_labels_teaches_nothing(tmp_path):
+    """A first micro-batch whose labels are all -100 tells neither a loss nor how the model scales it."""
+    nobody, some = torch.full((8,), -100), torch.tensor([0, -100, 2, 0, 1, -100, 0, 1])
+    for name in ("bert", "vit"):
+        for more in ({}, {"num_items_in_batch": torch.tensor(6)}):
+            model = without_dropout(model_with_exits(name, distil=0.3)).train()
+            batch, twin = batch_for(model), copy.deepcopy(model)
+            model(**batch, labels=nobody, **more).loss.backward()
+            assert all(p.grad is None or not p.grad.any() for p in model.parameters()), (name, more)
+            loss = model(**batch, labels=some, **more).loss
+            assert loss.isfinite() and torch.equal(loss, twin(**batch, labels=some, **more).loss)
+            seen, wanted = take_exit_losses(model), take_exit_losses(twin)  # a mean over the batch that had labels
+            assert seen.keys() == wanted.keys() and all(torch.equal(seen[k], wanted[k]) for k in wanted)
+    model = model_with_exits(threshold=0.0)
+    stock = plain_model()
+    assert run(model, batch_for(model), labels=nobody).loss.isnan() and run(stock, batch_for(stock), labels=nobody).loss.isnan()
+
+
+class Ctrl(T.TrainerCallback):
+    """Stops a training from inside a forward pass, after an evaluation."""
+
+    def __init__(self):
+        self.stopped = []
+
+    def on_evaluate(self, args, state, control, model=None, **kwargs):
+        layer = model.bert.encoder.layer[1].output
+
+        def stop(module, inputs):
+            self.stopped.append(model._exits.enabled)
+            handle.remove()
+            raise KeyboardInterrupt
+
+        handle = layer.register_forward_pre_hook(stop)
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_an_interrupted_training_leaves_exits_as_they_were(before, tmp_path):
+    model = model_with_exits(threshold=0.0)
+    set_exits_(model, enabled=before)
+    prune, ctrl = hc.PruningCallback(heads=0.5), Ctrl()
+    data = [{**row, "labels": row["labels"] * 2} for row in rows(16)]
+    for callbacks in ([exits(threshold=0.0), ctrl], [prune, exits(threshold=0.0), ctrl], [exits(threshold=0.0), prune, ctrl]):
+        t = trainer(tmp_path, callbacks, model=model, eval_strategy="steps", eval_steps=2)
+        t.train_dataset, t.eval_dataset = data, data
+        with pytest.raises(KeyboardInterrupt):
+            t.train()
+        assert model._exits.enabled is before and model._exits.now is None and not ctrl.stopped.pop()
+        assert not any(is_gated(module) for module in model.modules()) and "_hfc_guards" not in vars(t)
+        run(model.eval(), batch_for(model))
+        assert exit_layers(model).tolist() == [0 if before else 2] * 8
+    fresh_model = trainer(tmp_path, [exits(), Killer(2, interrupt)])
+    with pytest.raises(KeyboardInterrupt):
+        fresh_model.train()
+    assert fresh_model.model._exits.enabled  # as exits that were just added are
+
+
+def interrupt():
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("order", [1, -1])
+@pytest.mark.parametrize("pruned", [False, True])
+def test_the_best_model_of_a_stock_trainer_is_whole(order, pruned, tmp_path):
+    """ViT's weights are saved under other names than they have in memory, and the best is not the last."""
+    callbacks = [exits(), *([hc.PruningCallback(neurons=0.5, start=0.0, end=0.1, every=1)] if pruned else [])][::order]
+    t = trainer(
+        tmp_path, callbacks, "vit", max_steps=6, learning_rate=1e-2, save_strategy="steps", save_steps=2, eval_strategy="steps",
+        eval_steps=2, load_best_model_at_end=True, metric_for_best_model="eval_falling", greater_is_better=True,
+    )  # fmt: skip
+    t.compute_metrics = lambda prediction: {"falling": -t.state.global_step}
+    t.train()
+    assert t.state.best_global_step == 2 and t.state.global_step == 6
+    best = type(t.model).from_pretrained(t.state.best_model_checkpoint).eval()
+    batch = batch_for(t.model)
+    with exits_off(best), exits_off(t.model):
+        expected_logits = run(best, batch).logits
+        found = run(t.model.eval(), batch).logits
+    torch.testing.assert_close(found, expected_logits, atol=1e-5, rtol=1e-5)
+    assert sum(f.size for f in hc.discover(t.model).ffns) == (144 if pruned else 288)
+    if not pruned:
+        wanted = dict(best.named_parameters())
+        assert all(torch.equal(p, wanted[n]) for n, p in t.model.named_parameters())
+
+
 # --- thresholds ------------------------------------------------------------------------------------------------------
 
 
@@ -260,12 +348,31 @@ def test_tuned_thresholds_keep_what_they_promise(criterion, tmp_path):
         assert measured() == pytest.approx((row["metric"], row["mean_depth"]))
     depths = [row["mean_depth"] for row in found["table"]]
     assert depths == sorted(depths, reverse=True) and depths[-1] == 1.0
-    assert depths[0] > 2.9 or criterion == "patience"
+    assert depths[0] == 3.0  # nobody leaves
     bound = sum(depths) / len(depths)
     found = tune_exits_(model, iter(batches), mean_depth=bound)
     assert found["mean_depth"] == max(d for d in depths if d <= bound)
     by_loss = tune_exits_(model, batches, mean_depth=3.0, metric=lambda x, y: -F.cross_entropy(x, y).item())
     assert by_loss["full_metric"] < 0
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_both_ends_of_the_thresholds_are_tried(criterion):
+    """Rows that are as sure and as unsure as a float can be: thresholds reach "nobody leaves" and "all leave" with them."""
+    model = model_with_exits(criterion=criterion)
+    batch = {**batch_for(model), "labels": torch.arange(8) % 3}
+    for scale in (0.0, 1.0, 1e4):
+        with torch.no_grad():
+            for head in model.exit_heads.values():
+                head.out.weight.mul_(scale / head.out.weight.norm().clamp_min(1e-9))
+                head.out.bias.fill_(0.7)
+        found = tune_exits_(model, [batch], max_drop=1.0)["table"]
+        assert (found[0]["mean_depth"], found[-1]["mean_depth"]) == (3.0, 1.0), scale
+        for row, layer in ((found[0], 2), (found[-1], 0)):
+            set_exits_(model, threshold=row["threshold"])
+            run(model, batch_for(model))
+            assert exit_layers(model).tolist() == [layer] * 8
+        spread_heads(model)
 
 
 def test_tuning_refuses():
@@ -310,6 +417,63 @@ def test_gates_inside_layers_and_exits_do_not_disturb_each_other():
     attach_exits_(model, options)
     model.exit_heads.load_state_dict(heads)
     torch.testing.assert_close(run(model, batch).logits, masked, atol=1e-5, rtol=1e-5)
+
+
+# --- taken off again -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["bert", "vit", "gpt2"])
+def test_a_model_without_its_exits_is_the_stock_model_again(family, tmp_path, plain):
+    model = plain_model(family)
+    batch = batch_for(model)
+    dense = run(model, batch).logits
+    plain_model(family).save_pretrained(tmp_path / "never")
+    kinds = {n: type(m) for n, m in model.named_modules()}
+    hc.apply_(model, hc.Plan([hc.AddExits([0, 1], threshold=0.0)]))
+    model.save_pretrained(tmp_path / "exits")
+    for held in (model, type(model).from_pretrained(tmp_path / "exits").eval()):
+        assert not torch.equal(run(held, batch).logits, dense)
+        hc.detach_exits_(held)
+        assert torch.equal(run(held, batch).logits, dense) and {n: type(m) for n, m in held.named_modules()} == kinds
+        held.save_pretrained(tmp_path / "stock")
+        configs = [json.loads((tmp_path / folder / "config.json").read_text()) for folder in ("stock", "never")]
+        assert configs[0] == configs[1]
+        assert torch.equal(plain.outputs(type(model).__name__, tmp_path / "stock", batch)["logits"], dense)
+        assert torch.equal(run(type(model).from_pretrained(tmp_path / "stock").eval(), batch).logits, dense)
+
+
+def test_what_else_was_recorded_stays_recorded(tmp_path, plain):
+    exits_plan = hc.Plan([hc.AddExits([0, 1], threshold=0.0)])
+    uniform = hc.Plan([hc.KeepNeurons(f"bert.encoder.layer.{i}", range(40)) for i in range(3)])
+    uneven = hc.Plan([hc.KeepHeads("bert.encoder.layer.1.attention.self", [0, 2])])
+    for plan, stock in ((uniform, True), (uneven, False)):
+        for steps in ((plan, exits_plan), (exits_plan, plan)):
+            model, alone = plain_model(), plain_model()
+            batch = batch_for(model)
+            wanted = run(hc.apply_(alone, plan), batch).logits
+            for step in steps:
+                hc.apply_(model, step)
+            hc.detach_exits_(model)
+            record = getattr(model.config, "quantization_config", None)
+            assert (record is None) is stock and (stock or (record.plan == plan and "exits" not in record.layout))
+            assert torch.equal(run(model, batch).logits, wanted)
+            model.save_pretrained(tmp_path / "out")
+            assert torch.equal(run(type(model).from_pretrained(tmp_path / "out").eval(), batch).logits, wanted)
+            if stock:
+                assert torch.equal(plain.outputs(type(model).__name__, tmp_path / "out", batch)["logits"], wanted)
+    # and it takes other edits
+    hc.apply_(model, hc.plan_quantization(model, bits=4))
+    hc.apply_(model, exits_plan)
+    hc.detach_exits_(model)
+    model.save_pretrained(tmp_path / "int4")
+    again = type(model).from_pretrained(tmp_path / "int4").eval()
+    assert torch.equal(outputs(again, batch), outputs(model, batch)) and exit_options(again) is None
+    model = plain_model()
+    hc.apply_(model, exits_plan)
+    hc.detach_exits_(model)
+    hc.apply_(model, hc.plan_quantization(model, bits=8))
+    model.save_pretrained(tmp_path / "int8")
+    assert torch.equal(outputs(type(model).from_pretrained(tmp_path / "int8").eval(), batch), outputs(model, batch))
 
 
 # --- in checkpoints --------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import hf_compress as hc
-from tests.zoo import FAMILIES, GENERATE, build, outputs
+from tests.zoo import FAMILIES, GENERATE, TEXT, build, outputs
 
 
 def symmetric(weight: np.ndarray) -> np.ndarray:
@@ -95,7 +95,7 @@ def test_a_tied_head_stays_tied_and_is_stored_once(family, bits, tmp_path):
     assert all(head._parameters[k] is embedding._parameters[k] for k in tensors) and len(tensors) == (2 if bits == 8 else 3)
     model.save_pretrained(tmp_path)
     with safe_open(tmp_path / "model.safetensors", "pt") as file:
-        stored = [k for k in file.keys() if file.get_tensor(k).shape == embedding.weight.shape]  # noqa: SIM118
+        stored = [k for k in file.keys() if file.get_tensor(k).shape == (1, *embedding.weight.shape)]  # noqa: SIM118
     assert len(stored) == 1
     again = type(model).from_pretrained(tmp_path).eval()
     head, embedding = again.get_output_embeddings(), again.get_input_embeddings()
@@ -104,6 +104,74 @@ def test_a_tied_head_stays_tied_and_is_stored_once(family, bits, tmp_path):
     again.save_pretrained(tmp_path / "again")
     third = type(model).from_pretrained(tmp_path / "again").eval()
     assert torch.equal(outputs(third, batch), outputs(model, batch))
+
+
+TIED_WITH_BIAS = {
+    "bert": lambda: T.BertForMaskedLM(T.BertConfig(**TEXT)),
+    "distilbert": lambda: T.DistilBertForMaskedLM(
+        T.DistilBertConfig(vocab_size=99, dim=64, n_layers=1, n_heads=4, hidden_dim=96)
+    ),
+    "modernbert": lambda: T.ModernBertForMaskedLM(T.ModernBertConfig(pad_token_id=0, bos_token_id=1, eos_token_id=2, **TEXT)),
+    "deberta": lambda: T.DebertaForMaskedLM(T.DebertaConfig(**TEXT)),
+}
+ODD = {  # models that ask a weight for its shape or its dtype when they are built or loaded
+    "swinv2": lambda: T.Swinv2ForImageClassification(
+        T.Swinv2Config(image_size=32, patch_size=4, embed_dim=32, depths=[2, 2], num_heads=[2, 4], window_size=4)
+    ),
+    "chinese_clip": lambda: T.ChineseCLIPTextModel(T.ChineseCLIPTextConfig(**TEXT)),
+    "funnel": lambda: T.FunnelForSequenceClassification(
+        T.FunnelConfig(block_sizes=[1, 2], d_model=64, n_head=4, d_head=16, d_inner=96, vocab_size=99)
+    ),
+    "mamba": lambda: T.MambaForCausalLM(T.MambaConfig(vocab_size=99, hidden_size=32, num_hidden_layers=2, state_size=8)),
+}
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("name", [*TIED_WITH_BIAS, *ODD])
+def test_models_that_look_at_their_weights(name, bits, tmp_path):
+    """A tied head with a bias, which transformers pads to the rows of the weight; tables rebuilt in a part's dtype; ..."""
+    torch.manual_seed(0)
+    model = {**TIED_WITH_BIAS, **ODD}[name]().eval()
+    for parameter in model.parameters():
+        parameter.data.add_(torch.randn_like(parameter) * 0.05)
+    batch = {"pixel_values": torch.randn(2, 3, 32, 32)} if name == "swinv2" else {"input_ids": torch.arange(5, 25).view(2, 10)}
+    hc.apply_(model, hc.plan_quantization(model, bits=bits))
+    model.save_pretrained(tmp_path / "one")
+    again = type(model).from_pretrained(tmp_path / "one").eval()
+    again.save_pretrained(tmp_path / "two")
+    third = type(model).from_pretrained(tmp_path / "two").eval()
+    assert torch.equal(outputs(again, batch), outputs(model, batch))
+    assert torch.equal(outputs(third, batch), outputs(model, batch))
+    if name in TIED_WITH_BIAS:
+        bias = model.get_output_embeddings().bias.clone()
+        model.tie_weights()
+        assert torch.equal(model.get_output_embeddings().bias, bias) and bias.shape == (99,)
+
+
+def test_a_quantized_base_model_loads_under_a_tied_head(tmp_path):
+    """The head was not in the checkpoint: it takes the embedding's integers."""
+    base = build("gpt2")[0].transformer
+    hc.apply_(base, hc.plan_quantization(base, bits=8))
+    base.save_pretrained(tmp_path)
+    model = T.GPT2LMHeadModel.from_pretrained(tmp_path).eval()
+    ids = torch.arange(5, 15)[None]
+    with torch.no_grad():
+        hidden = model.transformer(ids).last_hidden_state
+        from hf_compress.quantization import dequantized
+
+        expected = hidden @ dequantized(model.transformer.wte)["weight"].T
+        torch.testing.assert_close(model(ids).logits, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_training_through_an_activation_in_place(bits):
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU(inplace=True))
+    from hf_compress.quantization import quantize_
+
+    quantize_(model[0], bits=bits)
+    x = torch.randn(2, 3, 8, requires_grad=True)
+    model(x).sum().backward()
+    assert x.grad.isfinite().all()
 
 
 @pytest.mark.parametrize("family", GENERATE)

@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 import hf_compress as hc
 from hf_compress.fits import best_kernels, best_rank, compose_kernels
-from tests.zoo import FAMILIES, build, outputs, random_plan
+from tests.zoo import FAMILIES, SEQ2SEQ, TEXT, build, outputs, random_plan
 
 CONVOLUTIONS = {
     "resnet": lambda: T.ResNetForImageClassification(
@@ -321,3 +321,76 @@ def test_tied_weights_are_not_separated():
     with pytest.raises(hc.CompressionError, match="shares its weight with 'transformer.wte'"):
         hc.apply_(model, hc.Plan([hc.LowRank("lm_head", 4)]))
     assert model.lm_head.weight is model.transformer.wte.weight
+
+
+def test_a_model_that_changes_itself_on_short_inputs_is_put_back():
+    """BigBird switches to full attention, for good, when what it is given is too short for blocks."""
+    config = T.BigBirdConfig(
+        vocab_size=99, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=96,
+        max_position_embeddings=512, block_size=8, num_random_blocks=2,
+    )  # fmt: skip
+    model = T.BigBirdForSequenceClassification(config).eval()
+    ids = torch.arange(256).remainder(90)[None] + 5
+    before, tree = model(input_ids=ids).logits, [id(m) for m in model.modules()]
+    with pytest.raises(hc.CompressionError, match="Pass inputs="):
+        hc.plan_quantization(model, bits=8)
+    assert [id(m) for m in model.modules()] == tree and torch.equal(model(input_ids=ids).logits, before)
+    hc.apply_(model, hc.plan_quantization(model, bits=8, inputs={"input_ids": ids}), inputs={"input_ids": ids})
+
+
+BROKEN = [
+    ("NaN factors", lambda m: hc.Plan([hc.LowRank(QUERY, 4, given=True)], _factors(float("nan"))), "holds NaN or infinite"),
+    ("a scale too large", lambda m: hc.Plan(
+        [hc.Quantize(QUERY, 4, 16, given=True)],
+        {f"{QUERY}.weight_scale": torch.full((64, 4), 1e6), f"{QUERY}.weight_zero": torch.zeros(64, 4, dtype=torch.uint8)},
+    ), "that torch.float16 cannot"),
+]  # fmt: skip
+
+
+def _factors(value):
+    return {f"{QUERY}.weight": torch.full((64, 4), value), f"{QUERY}.weight_in": torch.ones(4, 64)}
+
+
+@pytest.mark.parametrize(("plan", "message"), [b[1:] for b in BROKEN], ids=[b[0] for b in BROKEN])
+def test_tensors_that_would_break_the_model_are_refused(plan, message):
+    model, batch = build("bert")
+    before = outputs(model, batch)
+    with pytest.raises(hc.CompressionError, match=message):
+        hc.apply_(model, plan(model))
+    assert torch.equal(outputs(model, batch), before)
+
+
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [({}, "does not run on a batch"), ({"input_ids": torch.full((2, 4), 500)}, "does not run on a batch"),
+     ({"input_ids": torch.ones(2, 4).long(), "attention_mask": torch.zeros(2, 4).long()}, "hides every row")],
+)  # fmt: skip
+def test_batches_that_do_not_calibrate_are_refused(batch, message):
+    with pytest.raises(hc.CompressionError, match=message):
+        hc.plan_low_rank(build("bert")[0], [batch], rank=4)
+
+
+def test_meta_and_broken_weights_are_refused():
+    with torch.device("meta"):
+        empty = T.BertModel(T.BertConfig(**TEXT))
+    with pytest.raises(hc.CompressionError, match="meta device"):
+        hc.apply_(empty, hc.Plan([hc.LowRank("encoder.layer.0.output.dense", 4)]))
+    model = build("bert")[0]
+    model.get_submodule(QUERY).weight.data[0, 0] = float("nan")
+    with pytest.raises(hc.CompressionError, match="holds NaN"):
+        hc.apply_(model, hc.Plan([hc.LowRank(QUERY, 4)]))
+
+
+def test_modules_that_do_not_run_are_left_out():
+    """A decoder alone has cross-attention that nothing uses."""
+    model = T.BartForCausalLM(T.BartConfig(max_position_embeddings=40, **SEQ2SEQ))
+    plan = hc.plan_low_rank(model, ratio=0.5)
+    assert plan.edits and not any("encoder_attn" in edit.module for edit in plan)
+    hc.apply_(model, plan)
+
+
+def test_heads_then_bits_in_umt5():
+    config = T.UMT5Config(vocab_size=99, d_model=64, d_kv=16, d_ff=96, num_layers=2, num_heads=4)
+    model = T.UMT5EncoderModel(config).eval()
+    hc.apply_(model, hc.Plan([hc.KeepHeads("encoder.block.0.layer.0.SelfAttention", [0, 2])]))
+    hc.apply_(model, hc.plan_quantization(model, bits=8))

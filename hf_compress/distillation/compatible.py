@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from ..plan import CompressionError
-from ..probe import quiet_run
+from ..probe import NoInputs, quiet_run
+from ..quantization import is_quantized
 from .arguments import DistillationArguments
 from .tasks import LANGUAGE, task_of
 
@@ -48,13 +49,20 @@ def check_pair(student: Any, teachers: Sequence[nn.Module], arguments: Distillat
     Raises:
         CompressionError: a teacher that is the student or shares trainable weights with it, another kind of input, another
             vocabulary, other labels or the same in another order, another problem type or task, a number of weights that
-            is not the number of teachers.
+            is not the number of teachers; a quantized student.
     """
     weights = arguments.teacher_weights
     if weights is not None and len(weights) != len(teachers):
         raise CompressionError(f"teacher_weights has {len(weights)} numbers for {len(teachers)} teachers; give one for each.")
     if getattr(plain(student), "config", None) is None:
         raise CompressionError(f"The student is a transformers model (a module with a config), got {type(student).__name__}.")
+    adapted = hasattr(student, "peft_config") or getattr(student, "_hf_peft_config_loaded", False)
+    quantized = next((name for name, module in student.named_modules() if is_quantized(module)), None)
+    if quantized is not None and not adapted:  # adapters train beside integers
+        raise CompressionError(
+            f"The student is quantized ({quantized!r}), and integers do not train. Train the float model with a "
+            "QuantizationCallback in this Trainer, or quantize it after training."
+        )
     task = arguments.distillation_task or task_of(plain(student))
     if task is None and arguments.alpha_kd:
         raise CompressionError(
@@ -143,6 +151,7 @@ def match_layers(
     Both models run once on a small batch (the student's inputs, then the teacher's), since configs do not tell the widths.
 
     Raises:
+        NoInputs: a model does not run on its batch.
         CompressionError: an index out of range, hidden states that are not (rows, tokens, width), other numbers of tokens, a
             student with LayerDrop.
     """
@@ -159,7 +168,7 @@ def match_layers(
             with quiet_run(model) as run:
                 states.append(hidden_states(run({**batch, "output_hidden_states": True}), model))
         except Exception as error:  # a model may refuse an input in any way
-            raise CompressionError(
+            raise NoInputs(
                 f"alpha_cos compares hidden states, but the {who} ({type(plain(model)).__name__}) gave none on a small batch: "
                 f"{type(error).__name__}: {error}. Set alpha_cos=0."
             ) from error

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from ..discover import discover, nearest
 from ..edits import CompressionError, KeepLayers
 from ..plan import Plan
+from ..quantization import is_quantized
 from ..surgery import apply_
 
 
@@ -62,7 +63,7 @@ def init_student(
     """
     if not isinstance(teacher, PreTrainedModel):
         raise CompressionError(f"init_student takes a transformers model, got {type(teacher).__name__}; load it first.")
-    if getattr(teacher, "is_quantized", False):
+    if getattr(teacher, "is_quantized", False) or any(is_quantized(module) for module in teacher.modules()):
         raise CompressionError("This teacher is quantized, and its copy could not be trained. Load it in full precision.")
     found = discover(teacher)
     stacks = {name: stack[0].path for name, stack in found.stacks.items()}

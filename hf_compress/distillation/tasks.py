@@ -38,6 +38,8 @@ def task_of(model: nn.Module) -> str | None:
 def real_tokens(inputs: Mapping[str, Any], decoder: bool = False) -> torch.Tensor | None:
     """Bool (rows, tokens), false at padding; None where the inputs are not tokens (images, sound).
 
+    Of several choices a row, (rows · choices, tokens), as the model that reads them flattens them.
+
     `decoder`: of the target side of an encoder-decoder, where a label of -100 is padding too.
     """
     if decoder:
@@ -50,10 +52,11 @@ def real_tokens(inputs: Mapping[str, Any], decoder: bool = False) -> torch.Tenso
     ids = inputs.get("input_ids")
     if ids is None and inputs.get("inputs_embeds") is not None:
         ids = inputs["inputs_embeds"][..., 0]
-    if ids is None or ids.dim() != 2:
-        return None
     mask = inputs.get("attention_mask")
-    return mask != 0 if mask is not None and mask.shape == ids.shape else torch.ones_like(ids, dtype=torch.bool)
+    given = ids is not None and mask is not None and mask.shape == ids.shape
+    if ids is None or not (ids.dim() == 2 or (ids.dim() == 3 and given)):
+        return None
+    return (mask != 0).flatten(0, -2) if given else torch.ones_like(ids, dtype=torch.bool)
 
 
 def distilled_tokens(task: str, inputs: Mapping[str, Any]) -> torch.Tensor | None:

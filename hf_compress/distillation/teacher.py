@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers.utils.quantization_config import QuantizationMethod
 
+from ..exits import exits_off
 from .compatible import hidden_states, plain
 
 # what a batch may hold that says what is right; a teacher is never told
@@ -65,7 +66,8 @@ class Teacher:
         """Its predictions, and those of its hidden states that are asked for."""
         if self.model.training:  # someone called train() on it since
             self.model.eval()
-        outputs = self.model(**self.inputs(batch), **({"output_hidden_states": True} if hidden else {}))
+        with exits_off(self.model):  # its last layer teaches, not the exit that a row would leave at
+            outputs = self.model(**self.inputs(batch), **({"output_hidden_states": True} if hidden else {}))
         predictions = {name: outputs[name] for name in PREDICTIONS if outputs.get(name) is not None}
         states = hidden_states(outputs, self.model) if hidden else ()
         return predictions, {index: states[index] for index in hidden}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -65,39 +65,56 @@ class DistillationMixin(Base):
             self.distillation_task = check_pair(self.model, teachers, args)
         # without a count every head takes the mean of its batch, and this class knows how many it was taken over
         self.model_accepts_loss_kwargs = False
-        self.teachers = [Teacher(teacher, self.model, self.args.device) for teacher in teachers]
         weights = self.args.teacher_weights or [1.0] * len(teachers)
         self._weights = [weight / sum(weights) for weight in weights]
-        self._teacher_only = frozenset().union(*(teacher.only for teacher in self.teachers)) - {*self.label_names}
-        self._has_decoder = bool(getattr(plain(self.model).config, "is_encoder_decoder", False))
-        self.layer_map, self.projections = self._match_layers() if self.args.alpha_cos else ({}, nn.ModuleDict())
+        self._meet(self.model, teachers)
         self._sums: torch.Tensor | None = None  # of the terms since they were logged
         self._summed_since = 0
 
     # --- before training ---------------------------------------------------------------------------------------
 
-    def _match_layers(self) -> tuple[dict[int, int], nn.ModuleDict]:
+    def _meet(self, student: nn.Module, teachers: Sequence[nn.Module]) -> None:
+        """What is made for one student and its teachers."""
+        self.teachers = [Teacher(teacher, student, self.args.device) for teacher in teachers]
+        self._teacher_only = frozenset().union(*(teacher.only for teacher in self.teachers)) - {*self.label_names}
+        self._has_decoder = bool(getattr(plain(student).config, "is_encoder_decoder", False))
+        self.layer_map, self.projections = self._match_layers(student) if self.args.alpha_cos else ({}, nn.ModuleDict())
+
+    def call_model_init(self, trial: Any = None) -> Any:
+        student = super().call_model_init(trial)
+        if "teachers" in vars(self):  # `train` begins anew; while the Trainer itself is made there are none yet
+            teachers = [teacher.model for teacher in self.teachers]
+            self.distillation_task = check_pair(student, teachers, self.args)
+            if self.place_model_on_device:
+                self._move_model_to_device(student, self.args.device)
+            self._meet(student, teachers)
+        return student
+
+    def _match_layers(self, student: Any) -> tuple[dict[int, int], nn.ModuleDict]:
         teacher = self.teachers[0]
-        batch: dict[str, Any] | None
+
+        def match(batch: Mapping[str, Any]) -> Any:
+            batches = self._for_student(batch), teacher.inputs(batch)
+            return match_layers(student, teacher.model, self.args.layer_map, batches)
+
         try:
-            batch = example_inputs(plain(self.model))
+            found, widths = match(example_inputs(plain(student)))
         except NoInputs:
-            batch = first_rows(self) if self.train_dataset is not None else None
-            if batch is None:
+            rows = first_rows(self) if self.train_dataset is not None else None
+            if rows is None:
                 raise
-        batches = self._for_student(batch), teacher.inputs(batch)
-        found, widths = match_layers(self.model, teacher.model, self.args.layer_map, batches)
+            found, widths = match(rows)
         if widths and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise CompressionError(
                 "Hidden states of other widths need learned projections, which do not work with FSDP or DeepSpeed yet. Use "
                 "DistributedDataParallel (torchrun without them), or set alpha_cos=0."
             )
-        if widths and self.optimizer is not None:
+        if widths and self.optimizer is not None and self.model_init is None:  # then it is that of the training before
             raise CompressionError(
                 "Hidden states of other widths need learned projections, which the optimizer that was given does not hold. "
                 "Leave optimizers= out (optimizer_cls_and_kwargs= chooses a class), or set alpha_cos=0."
             )
-        return found, make_projections(widths, self.model, self.args.seed)
+        return found, make_projections(widths, student, self.args.seed)
 
     def create_optimizer(self, model: Any = None) -> Any:
         if len(self.projections) and model is None:

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 
 from ..edits import AddExits, CompressionError
-from ..host import calling_trainer, restore_what_stock_lost
+from ..host import calling_trainer, guard, restore_best, restore_what_stock_lost, unguard
 from ..plan import Plan
 from ..probe import owners_in
 from ..surgery import apply_
@@ -29,8 +29,8 @@ class EarlyExitCallback(TrainerCallback):
     `attach_exits_`). Each exit's mean cross-entropy is logged beside the loss (`exit_loss_1`, ..., `final_loss`).
 
     Evaluations during training are the full model's unless `evaluate=True`, so that `load_best_model_at_end` chooses by
-    what the model can do and not by a threshold that is not tuned yet. When training ends the exits are on;
-    `tune_exits_` picks a threshold.
+    what the model can do and not by a threshold that is not tuned yet. When training ends the exits are on, after an
+    exception (Ctrl-C too) they are as they were before; `tune_exits_` picks a threshold.
 
     Args:
         after (`Sequence[int]`): layers that an exit sits after, from 0. The last has the model's own head and gets none.
@@ -82,6 +82,7 @@ class EarlyExitCallback(TrainerCallback):
         self.model: PreTrainedModel | None = None  # the one that has our exits
         self._trainer: Trainer | None = None
         self._joined = False
+        self._enabled: bool | None = None  # whether rows left before we took over; None while we have not
 
     def __repr__(self) -> str:
         return f"EarlyExitCallback(after={self.after}, criterion={self.criterion!r}, threshold={self.threshold!r})"
@@ -106,8 +107,8 @@ class EarlyExitCallback(TrainerCallback):
                 )
             set_exits_(owner, criterion=self.criterion, threshold=self.threshold)
             replace_options_(owner, {k: v for k, v in self.options.items() if k != "pool"})
-        self.model, self._trainer = owner, trainer
-        set_exits_(owner, enabled=self.evaluate)
+        self.model, self._trainer, self._enabled = owner, trainer, None
+        self._take_over()
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         if self.model is None:
@@ -130,10 +131,13 @@ class EarlyExitCallback(TrainerCallback):
                 "Exits do not work in DataParallel, whose copies share state; start one process a GPU (torchrun)."
             )
         if trainer is not None:
-            restore_what_stock_lost(trainer, self.model)
+            restore_what_stock_lost(trainer, model)
         take_exit_losses(self.model)
         self._joined = False
-        set_exits_(self.model, enabled=self.evaluate)
+        if trainer is None:
+            self._take_over()
+        else:
+            guard(trainer, self._take_over, self._abandon)
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         if self._joined or self.model is None:
@@ -155,9 +159,36 @@ class EarlyExitCallback(TrainerCallback):
             if self._trainer is not None:
                 self._trainer.log(shown)
 
-    def on_train_end(self, args, state, control, **kwargs):
+    def on_train_end(self, args, state, control, model=None, **kwargs):
+        if self.model is None:
+            return
+        restore_best(args, state, model)
+        self._hand_back(True)
+        if self._trainer is not None:
+            unguard(self._trainer)
+
+    # --- who decides whether rows leave ------------------------------------------------------------------------
+
+    def _take_over(self) -> None:
+        """Evaluations while training are the full model's, unless `evaluate`."""
+        if self.model is not None and self._enabled is None:
+            self._enabled = self.model.__dict__["_exits"].enabled
+            set_exits_(self.model, enabled=self.evaluate)
+
+    def _hand_back(self, enabled: bool) -> None:
         if self.model is not None and exit_options(self.model) is not None:
-            set_exits_(self.model, enabled=True)
+            set_exits_(self.model, enabled=enabled)
+        self._enabled = None
+
+    def _abandon(self) -> None:
+        """Training failed: rows leave as they did before it."""
+        if self._enabled is None:
+            return
+        if self.model is not None and exit_options(self.model) is not None:
+            self.model.__dict__["_exits"].now = None  # hooks do not run after a Ctrl-C inside forward
+        self._hand_back(self._enabled)
+        if self._trainer is not None:
+            unguard(self._trainer)
 
 
 def attach_and_record(model: PreTrainedModel, options: dict[str, Any], inputs: Mapping[str, Any] | None) -> None:

@@ -6,15 +6,17 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from ..edits import CompressionError
 
 
 def entropy(logits: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Entropy of the newest exit's distribution, in nats: `-sum_c p_c ln p_c`, in [0, ln C]. Low is sure.
+    """Entropy of the newest exit's distribution, in nats: `-sum_c p_c ln p_c`, in [0, ln C). Low is sure.
 
-    [DeeBERT](https://aclanthology.org/2020.acl-main.204/) (Xin et al. 2020): a row leaves if it is below a threshold.
+    [DeeBERT](https://aclanthology.org/2020.acl-main.204/) (Xin et al. 2020): a row leaves if it is below a threshold. So
+    nobody leaves at 0. All leave at ln C: a uniform row is given the largest number below it.
 
     Args:
         logits: of every exit so far, newest last, each (rows, C). Only the newest is read.
@@ -30,11 +32,15 @@ def entropy(logits: Sequence[torch.Tensor]) -> torch.Tensor:
     ```
     """
     log_p = torch.log_softmax(logits[-1].float(), -1)
-    return -(log_p.exp() * log_p).sum(-1)
+    below_most = float(np.nextafter(np.float32(math.log(log_p.shape[-1])), np.float32(0)))
+    return (log_p.exp() * log_p).sum(-1).neg().clamp_max(below_most)
 
 
 def confidence(logits: Sequence[torch.Tensor]) -> torch.Tensor:
     """Probability of the newest exit's most probable class: `max_c p_c`, in [1/C, 1]. High is sure.
+
+    A row leaves if it is above a threshold. So nobody leaves at 1, which the softmax of a very sure row does reach, and all
+    leave below 1/C.
 
     Args:
         logits: of every exit so far, newest last, each (rows, C). Only the newest is read.
@@ -56,7 +62,8 @@ def patience(logits: Sequence[torch.Tensor]) -> torch.Tensor:
     """How many exits in a row, the newest included, have predicted the same class: 1, 2, ... High is sure.
 
     [PABEE](https://arxiv.org/abs/2006.04152) (Zhou et al. 2020) counts how often the prediction stayed the same, so its
-    patience is this number minus one.
+    patience is this number minus one. A row leaves if it is at least a threshold: all leave at 1, and nobody at one more than
+    there are exits.
 
     Args:
         logits: of every exit so far, newest last, each (rows, C).
@@ -85,7 +92,7 @@ class Criterion(NamedTuple):
 
 CRITERIA: dict[str, Criterion] = {
     "entropy": Criterion(entropy, torch.lt, False, lambda labels, exits: 0.2 * math.log(labels)),
-    "confidence": Criterion(confidence, torch.ge, False, lambda labels, exits: 0.9),
+    "confidence": Criterion(confidence, torch.gt, False, lambda labels, exits: 0.9),
     "patience": Criterion(patience, torch.ge, True, lambda labels, exits: min(2, exits)),
 }
 
@@ -108,22 +115,23 @@ def check_threshold(criterion: str, threshold: Any, num_labels: int, num_exits: 
 def _one(criterion: str, value: Any, num_labels: int, num_exits: int) -> float | int:
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if criterion == "patience":
-        if not number or value != int(value) or not 1 <= value <= num_exits:
+        if not number or not 1 <= value <= num_exits + 1 or value != int(value):
             raise CompressionError(
                 "The threshold of 'patience' is how many exits in a row must agree: one whole number from 1 to the number of "
-                f"exits ({num_exits}), got {value!r}."
+                f"exits plus 1 ({num_exits + 1}: nobody leaves), got {value!r}."
             )
         return int(value)
     if criterion == "confidence":
-        if not number or not 0 < value <= 1:
+        if not number or not 0 <= value <= 1:
             raise CompressionError(
-                f"The threshold of 'confidence' is the probability at which a row leaves, in (0, 1], got {value!r}."
+                "The threshold of 'confidence' is the probability above which a row leaves, from 0 (all leave) to 1 (nobody "
+                f"does), got {value!r}."
             )
         return float(value)
     most = math.log(num_labels)
     if not number or not 0 <= value <= most + 1e-6:
         raise CompressionError(
-            "The threshold of 'entropy' is the entropy in nats below which a row leaves, from 0 to ln(num_labels) = "
-            f"{most:.4f}, got {value!r}."
+            "The threshold of 'entropy' is the entropy in nats below which a row leaves, from 0 (nobody leaves) to "
+            f"ln(num_labels) = {most:.4f} (all leave), got {value!r}."
         )
     return float(value)

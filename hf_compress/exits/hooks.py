@@ -31,7 +31,7 @@ class Exits:
         self.uses_num_items: bool | None = None
         self.loss_checked = False
         self.loss_sum: torch.Tensor | None = None
-        self.loss_count = 0
+        self.loss_count: Any = 0  # batches that had labels; a tensor, to wait for no device
 
 
 def _named(state: Exits, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -129,7 +129,8 @@ def end(model: nn.Module, args: tuple, kwargs: dict[str, Any], outputs: Any) -> 
         labels = class_labels(labels, len(mixed))
         before, after = cross_entropies(torch.stack([logits, mixed]), labels)
         scale = _scale(state, outputs[loss_at], before, labels, kwargs.get("num_items_in_batch"))
-        outputs = _with(outputs, loss_at, after * scale)
+        labelled = (labels != IGNORED).any()
+        outputs = _with(outputs, loss_at, torch.where(labelled, after * scale, outputs[loss_at]))
     return _with(outputs, logits_at, mixed)
 
 
@@ -149,20 +150,24 @@ def _joint_loss(state: Exits, every: torch.Tensor, loss: torch.Tensor, labels: A
     exits, distil = losses[:-1], options["distil"]
     if distil:
         exits = (1 - distil) * exits + distil * self_distillation(every[:-1], every[-1], options["temperature"])
+    labelled = (labels != IGNORED).any()  # a batch without labels teaches nothing, and its means are over nothing
     seen = losses.detach()
     state.loss_sum = seen if state.loss_sum is None else state.loss_sum + seen
-    state.loss_count += 1
-    return weights[-1] * loss + scale * (weights[:-1] * exits).sum()
+    state.loss_count = state.loss_count + labelled
+    return weights[-1] * loss + scale * torch.where(labelled, (weights[:-1] * exits).sum(), 0.0)
 
 
 def _scale(state: Exits, loss: torch.Tensor, mean: torch.Tensor, labels: torch.Tensor, num_items: Any) -> Any:
     """What a mean cross-entropy is multiplied by in this model: 1, or labelled rows over `num_items_in_batch`."""
+    count = (labels != IGNORED).sum()
     if num_items is None:
-        if not state.loss_checked:
+        if not state.loss_checked and bool(count):
             uses_num_items(loss, mean, None)
             state.loss_checked = True
         return 1.0
-    ratio = (labels != IGNORED).sum() / num_items
+    ratio = count / num_items
+    if state.uses_num_items is None and not bool(count):
+        return 1.0  # a mean over nothing tells nothing
     if state.uses_num_items is None:
         state.uses_num_items = uses_num_items(loss, mean, ratio)
     if state.uses_num_items is None:  # they agree on this batch

@@ -13,10 +13,10 @@ IGNORED = -100
 
 
 def cross_entropies(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Mean cross-entropy of each exit over the rows that have a label: (exits, rows, C), (rows,) -> (exits,)."""
+    """Mean cross-entropy of each exit over the rows that have a label: (exits, rows, C), (rows,) -> (exits,); 0 over none."""
     count = len(logits)
     per_row = F.cross_entropy(logits.float().flatten(0, 1), labels.repeat(count), ignore_index=IGNORED, reduction="none")
-    return per_row.view(count, -1).sum(1) / (labels != IGNORED).sum()
+    return per_row.view(count, -1).sum(1) / (labels != IGNORED).sum().clamp_min(1)
 
 
 def self_distillation(logits: torch.Tensor, teacher: torch.Tensor, temperature: float) -> torch.Tensor:

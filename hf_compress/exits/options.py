@@ -218,7 +218,8 @@ def _run_once(
     if not find_pool:
         return None
     try:
-        (gradient,) = torch.autograd.grad(logits.float().square().sum(), hidden)  # type: ignore[union-attr]
+        with torch.enable_grad():
+            (gradient,) = torch.autograd.grad(logits.float().square().sum(), hidden)  # type: ignore[union-attr]
     except RuntimeError as error:
         raise CompressionError(
             f"Which token {name}'s head reads could not be found ({error}); say pool='first', 'mean' or 'last'."

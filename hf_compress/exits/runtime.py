@@ -62,7 +62,8 @@ def _blank(cls: type) -> Any:
     return object.__new__(_exiting(cls))
 
 
-# Called with a model whose options have changed, or whose exits are gone: what writes them into its config adds itself here (it lies a level above).
+# Called with a model whose options have changed, or whose exits are gone: what writes them into its config adds itself here
+# (it lies a level above).
 CHANGED: list[Callable[[nn.Module], None]] = []
 
 
@@ -99,7 +100,7 @@ def attach_exits_(model: nn.Module, options: Mapping[str, Any]) -> None:
     >>> model = BertForSequenceClassification(BertConfig(
     ...     vocab_size=99, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=64,
     ... )).eval()
-    >>> attach_exits_(model, resolve_exits(model, after=[0, 1], criterion="confidence", threshold=0.5))
+    >>> attach_exits_(model, resolve_exits(model, after=[0, 1], criterion="confidence", threshold=0.4))
     >>> logits = model(torch.tensor([[5, 6, 7], [8, 9, 10]])).logits  # of two classes, one always has p >= 0.5
     >>> exit_layers(model)
     tensor([0, 0])
@@ -300,6 +301,7 @@ def take_exit_losses(model: nn.Module) -> dict[str, torch.Tensor]:
     if state.loss_sum is None:
         return {}
     names = [f"exit_loss_{i}" for i in state.options["after"]] + ["final_loss"]
-    means = state.loss_sum / state.loss_count
+    count = torch.as_tensor(state.loss_count)
+    means = state.loss_sum / count  # not a number where no batch had labels
     state.loss_sum, state.loss_count = None, 0
     return dict(zip(names, means, strict=True))

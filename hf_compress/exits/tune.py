@@ -166,7 +166,7 @@ def simulate(scores: torch.Tensor, criterion: str, threshold: float | list[float
 def candidates(scores: torch.Tensor, criterion: str, num_labels: int) -> list[float]:
     """Thresholds from "nobody leaves" to "all leave at the first exit", in the widest gaps between scores."""
     if criterion == "patience":
-        return [float(n) for n in range(len(scores), 0, -1)]
+        return [float(n) for n in range(len(scores) + 1, 0, -1)]
     values = scores.flatten().double().unique()
     if len(values) > POINTS:
         # a threshold in a gap wider than rounding does the same whatever the batch; the widest of each quantile
@@ -177,5 +177,5 @@ def candidates(scores: torch.Tensor, criterion: str, num_labels: int) -> list[fl
         at = list(range(len(values) - 1))
     middles = [((values[i] + values[i + 1]) / 2).item() for i in at]
     if criterion == "confidence":
-        return [1.0, *reversed(middles), 0.99 / num_labels]
+        return [1.0, *reversed(middles), 0.0]
     return [0.0, *middles, math.log(num_labels)]

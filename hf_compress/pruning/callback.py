@@ -6,15 +6,14 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, TrainerCallback
+from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 from transformers.utils import logging
 
 from ..discover import nearest
 from ..edits import CompressionError
-from ..host import calling_trainer, guard, refuse_sharded, restore_what_stock_lost, saved_in, unguard
+from ..host import calling_trainer, guard, refuse_sharded, restore_best, restore_what_stock_lost, saved_in, unguard
 from ..plan import Plan
-from ..resume import keys_differ, restore_weights
 from .run import PruningRun
 from .schedules import SCHEDULES
 from .select import check_options, check_seed
@@ -179,10 +178,7 @@ class PruningCallback(TrainerCallback, ExportableState):
         run, trainer = self._run, self._run.trainer if self._run else None
         if run is None:
             return
-        best = state.best_model_checkpoint
-        if args.load_best_model_at_end and best is not None and isinstance(run.model, PreTrainedModel):
-            if keys_differ(run.model, best):
-                restore_weights(run.model, best)
+        restore_best(args, state, run.model)
         if not run.is_full:
             logger.warning(
                 "Training ended before the schedule reached full sparsity; the rest is cut now, without healing. "

@@ -131,7 +131,7 @@ def _twin(module: Any) -> nn.Module:
         twin.__dict__ = {**module.__dict__, "_parameters": dict(module._parameters)}
         unfake_(twin)
         if type(twin) is LockedLinear:
-            twin.__class__ = nn.Linear
+            twin.__class__ = nn.Linear  # type: ignore[assignment]
         given = {}
         for name in weights:
             scale, zero = fake["scales"][name]

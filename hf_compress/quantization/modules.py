@@ -2,8 +2,9 @@
 
 Stored are parameters without gradient, so that tied modules can share them and every tool carries them along:
 
-- `weight`: int8, (1, out, in) with 8 bits, (1, out, bytes) packed below. The leading axis is one that no dense model has:
-  plain transformers fails on the checkpoint instead of reading integers as weights.
+- `weight`: int8, (out, in) with 8 bits, (out, bytes) packed below. On disk it has a leading axis, which no dense model has:
+  plain transformers fails on the checkpoint instead of reading integers as weights. In memory it has not: models ask a
+  weight for its number of rows.
 - `weight_scale`: (out, 1) in the dtype of the float weight with 8 bits; (out, groups) below, float16 *as int16 bits*, so
   that no cast of the model touches it and `model.dtype` does not see it.
 - `weight_zero`: (out, groups), below 8 bits: sixteenths of a step, bytes as int8.
@@ -55,7 +56,6 @@ class _Quantized:
         stored = [self._parameters.get(name + suffix) for suffix in ("", "_scale", "_zero")]
         integers, scale, zero = (None if p is None else p.detach() for p in stored)
         assert integers is not None and scale is not None
-        integers = integers[0]
         if rows is not None:
             integers, scale, zero = integers[rows], scale[rows], None if zero is None else zero[rows]
         if zero is None:
@@ -76,6 +76,30 @@ class _Quantized:
         keys = [key for key in (name, f"{name}_scale", f"{name}_zero") if key in self._parameters]
         self._derived[name, kind] = [(key, self._parameters[key], _version(self._parameters[key])) for key in keys], value
         return value
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if isinstance(value, nn.Parameter) and value.ndim == 3 and name in self._shapes():  # as a checkpoint has it
+            flat = nn.Parameter(value.detach()[0], requires_grad=False)
+            vars(flat).update(vars(value))  # transformers marks what it has loaded
+            value = flat
+        super().__setattr__(name, value)
+
+    def settle_(self) -> None:
+        """Give the weights the shape that they have in memory, where a loader has not filled them."""
+        for name in self._shapes():
+            setattr(self, name, self._parameters[name])
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[misc]
+        for name in self._shapes():
+            if destination[prefix + name].ndim == 2:
+                destination[prefix + name] = destination[prefix + name][None]
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
+        self.settle_()
+        flat = {prefix + name: state_dict[prefix + name] for name in self._shapes() if prefix + name in state_dict}
+        flat = {key: value[0] if value.ndim == 3 else value for key, value in flat.items()}
+        super()._load_from_state_dict({**state_dict, **flat}, prefix, *args, **kwargs)  # type: ignore[misc]
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         probe = torch.empty(0, dtype=self.float_dtype, device=self._parameters["weight"].device)
@@ -121,9 +145,9 @@ class QuantizedLinear(_Quantized, nn.Linear):
         flat = x if x.ndim == 2 else x.reshape(-1, size)
         weight, scale = self._parameters[name], self._parameters[f"{name}_scale"]
         if torch.compiler.is_compiling():
-            y = int8_linear_traced(flat, weight[0], scale, bias, how)
+            y = int8_linear_traced(flat, weight, scale, bias, how)
         else:
-            prepared = self._derive(name, "prepared", lambda: prepare(weight.detach()[0], scale.detach(), how))
+            prepared = self._derive(name, "prepared", lambda: prepare(weight.detach(), scale.detach(), how))
             y = int8_linear(flat, prepared, bias, how)
         y = y if y.dtype is x.dtype else y.to(x.dtype)
         return y if x.ndim == 2 else y.view(*x.shape[:-1], out)
@@ -139,7 +163,8 @@ class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, bias: torch.Tensor | None, module: QuantizedLinear, name: str) -> torch.Tensor:
         ctx.module, ctx.name = module, name
-        return module._value(x, name, bias)
+        value = module._value(x, name, bias)
+        return value.clone() if value._is_view() else value  # activations may be written over it in place
 
     @staticmethod
     @once_differentiable
@@ -195,6 +220,8 @@ def quantized_(
 ) -> None:
     """Give a module the class and the tensors of a quantized one, empty, for a loader to fill. Works on the meta device.
 
+    Weights have the leading axis that they have on disk, until something is assigned to them (or `settle_`).
+
     Args:
         module (`nn.Module`): a Linear, Conv1D, `LowRankLinear` or Embedding; changed in place.
         bits (`int`): 8, 4, 3 or 2.
@@ -216,7 +243,7 @@ def quantized_(
     >>> layer = torch.nn.Linear(100, 8, device="meta")
     >>> quantized_(layer, bits=4)
     >>> {name: (tuple(t.shape), t.dtype) for name, t in layer.state_dict().items()}  # doctest: +NORMALIZE_WHITESPACE
-    {'weight': ((1, 8, 50), torch.int8), 'bias': ((8,), torch.float32),
+    {'bias': ((8,), torch.float32), 'weight': ((1, 8, 50), torch.int8),
      'weight_scale': ((8, 2), torch.int16), 'weight_zero': ((8, 2), torch.int8)}
 
     ```
@@ -233,12 +260,18 @@ def quantized_(
     owner.bits, owner.group_size, owner.decode = bits, group_size, decode
     owner.activations = activations if isinstance(module, QuantizedLinear) else None
     owner.float_dtype, owner._derived = weight.dtype, {}
+    bias = owner._parameters.pop("bias", None)
+    owner._parameters.clear()
+    if not isinstance(module, nn.Embedding):
+        owner._parameters["bias"] = bias  # first: some models take the dtype of a part's first parameter for its own
     for name, (out, size) in owner._shapes().items():
         groups = 1 if group_size is None else -(-size // group_size)
-        put: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
-            name: ((1, out, size if bits == 8 else packed_size(size, bits)), torch.int8)
-        }
-        put[f"{name}_scale"] = (out, groups), weight.dtype if bits == 8 else torch.int16
+        put: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+        if bits == 8:
+            put[f"{name}_scale"] = (out, groups), weight.dtype
+        put[name] = (1, out, size if bits == 8 else packed_size(size, bits)), torch.int8
+        if bits < 8:
+            put[f"{name}_scale"] = (out, groups), torch.int16
         if bits < 8:
             put[f"{name}_zero"] = (out, groups), torch.int8
         for key, (shape, dtype) in put.items():
@@ -292,11 +325,13 @@ def quantize_(
         weight = weight.detach().T if isinstance(module, Conv1D) else weight.detach()
         scale, zero = find_grid(weight, bits, group_size) if given is None else _given(given, name, weight, bits, group_size)
         integers = to_grid(weight, bits, group_size, scale, zero)
-        filled[name] = (integers if bits == 8 else pack(integers, bits)).unsqueeze(0)
+        filled[name] = integers if bits == 8 else pack(integers, bits)
         filled[f"{name}_scale"] = scale if zero is None else scale.view(torch.int16)
         if zero is not None:
             filled[f"{name}_zero"] = zero.view(torch.int8)
     quantized_(module, bits=bits, group_size=group_size, activations=activations, decode=decode)
+    owner: Any = module
+    owner.settle_()
     for key, value in filled.items():
         module._parameters[key].copy_(value)  # type: ignore[union-attr]
 
@@ -345,9 +380,12 @@ def _given(
     scale = given[f"{name}_scale"].to(weight.device)
     if not bool((scale.float() > 0).all()) or not bool(scale.isfinite().all()):
         raise CompressionError(f"{name}_scale must hold finite numbers above 0; make the plan again.")
+    stored = scale.to(weight.dtype if bits == 8 else torch.float16)
+    if not bool(stored.isfinite().all()):
+        raise CompressionError(f"{name}_scale holds values that {stored.dtype} cannot; make the plan again.")
     if bits == 8:
-        return scale.to(weight.dtype), None
-    return scale.to(torch.float16), given[f"{name}_zero"].to(weight.device, torch.uint8)
+        return stored, None
+    return stored, given[f"{name}_zero"].to(weight.device, torch.uint8)
 
 
 def _version(tensor: torch.Tensor) -> int:
