@@ -71,12 +71,17 @@ def mask_(model: nn.Module, plan: Plan) -> Mask:
 
 
 def apply_(model: nn.Module, plan: Plan, *, inputs: Mapping[str, Any] | None = None) -> nn.Module:
-    """Cut a model to what a plan keeps: in place, exact, all or nothing.
+    """Change a model as a plan says: in place, exact, all or nothing.
 
-    Every cut is proved before anything changes: each block is cut on a copy and compared with its mask (see
+    Edits apply in order, each on what the ones before left; runs of cuts, and runs of replacements of one kind, are proved
+    and made together. Every cut is proved before anything changes: each block is cut on a copy and compared with its mask (see
     `prove.prove`), removed layers are tried and compared with layers that are skipped, and the whole cut model with
     the whole masked one. What does not agree is refused. Dtype, device, `requires_grad`, module identity and names,
     hooks and tied weights stay. An optimizer that was made before holds the old parameters: make a new one.
+
+    Modules that become something else (low-rank, separable, quantized) are proved by running the model against its old
+    form holding the weights that the new modules stand for; exits, by sending one row out at the first. Until the last
+    step is made the old weights are kept, and that proof decodes those of its step: as much memory again as they take.
 
     **Where the proof's inputs come from.** By default they are random and made from the model's config and the
     signature of its `forward` (`probe.example_inputs`: two rows of token ids, an image, a short waveform, from a fixed
