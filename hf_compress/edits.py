@@ -191,7 +191,8 @@ class DepthwiseSeparable:
 
     Args:
         module (`str`): the convolution's name: a `Conv1d` or `Conv2d` with a kernel over one position.
-        multiplier (`int`, defaults to 1): kernels per input channel. MobileNet has 1; each more fits better and costs more.
+        multiplier (`int`, defaults to 1): kernels per input channel. MobileNet has 1; each more fits better and costs more
+            (on a CPU much more: torch has no fast kernel for several).
 
     Raises:
         CompressionError: the multiplier is no whole number above 0.
