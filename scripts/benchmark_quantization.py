@@ -127,7 +127,8 @@ def main() -> None:
             rows = {"post-training": compare(model, f"{bits} bit post-training")}
             rows["QAT"] = compare(train([hc.QuantizationCallback(bits)], None), f"{bits} bit QAT")
             rows["QAT with teacher"] = compare(train([hc.QuantizationCallback(bits)], dense), f"{bits} bit QAT with teacher")
-            gap = rows["post-training"]["lost"]
+            # of a loss that may be none, no fraction can be recovered
+            gap = rows["post-training"]["lost"] if rows["post-training"]["interval"][0] > 0 else 0.0
             for name in ("QAT", "QAT with teacher"):
                 rows[name]["recovered"] = (gap - rows[name]["lost"]) / gap if gap else None
                 print(f"{bits} bit {name}: recovered {rows[name]['recovered']}", flush=True)
