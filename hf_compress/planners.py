@@ -22,6 +22,7 @@ from .plan import Plan
 from .probe import NoInputs, probing, quiet_run, use_of_weights
 from .quantization import is_quantized
 from .refusals import check_foreign
+from .substitute import sharers
 
 logger = logging.get_logger(__name__)
 
@@ -94,7 +95,7 @@ def plan_low_rank(
         name: module
         for name, module in model.named_modules()
         if type(module) in (nn.Linear, Conv1D, LockedLinear)
-        and not _shared(model, module)
+        and not sharers(model, module)
         and (re.search(_pattern(modules, "modules"), name) if modules is not None else name.startswith(layers) or not layers)
     }
     if not found:
@@ -282,10 +283,6 @@ def _pattern(text: Any, where: str) -> re.Pattern[str]:
 def _nothing(model: nn.Module, modules: str | None, what: str) -> str:
     where = "" if modules is None else f" whose name matches {modules!r}"
     return f"{type(model).__name__} has no {what}{where}; names are those of model.named_modules()."
-
-
-def _shared(model: nn.Module, module: Any) -> bool:
-    return sum(p is module.weight for m in model.modules() for p in m._parameters.values()) > 1
 
 
 def _heads(model: Any) -> tuple[str, ...]:

@@ -393,4 +393,7 @@ def test_heads_then_bits_in_umt5():
     config = T.UMT5Config(vocab_size=99, d_model=64, d_kv=16, d_ff=96, num_layers=2, num_heads=4)
     model = T.UMT5EncoderModel(config).eval()
     hc.apply_(model, hc.Plan([hc.KeepHeads("encoder.block.0.layer.0.SelfAttention", [0, 2])]))
+    ids = {"input_ids": torch.arange(5, 25).view(2, 10)}
+    before = outputs(model, ids)
     hc.apply_(model, hc.plan_quantization(model, bits=8))
+    assert 0 < (outputs(model, ids) - before).abs().max() < 0.3 * before.abs().max()
