@@ -12,13 +12,11 @@ import argparse
 import json
 import platform
 import statistics
-import sys
 import time
 from pathlib import Path
 
-import numpy as np
+import sst2
 import torch
-from benchmark_text import read, timing_batch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding, set_seed
 
 import hf_compress as hc
@@ -27,8 +25,8 @@ from hf_compress.distillation import DistillationArguments, DistillationTrainer,
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", default="../shared/data/sst2", help="folder with train.tsv, dev.tsv, test.tsv")
-    parser.add_argument("--teacher", default="runs/text/dense")
+    parser.add_argument("--data", default=sst2.DATA, help="folder with train.tsv, dev.tsv, test.tsv")
+    parser.add_argument("--teacher", default=sst2.DENSE)
     parser.add_argument("--output", default="runs/distillation")
     parser.add_argument("--layers", type=int, default=3)
     parser.add_argument("--epochs", type=float, default=3)
@@ -41,13 +39,10 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=40, help="timed steps of each kind, in turn")
     parser.add_argument("--quick", action="store_true")
     args = parser.parse_args()
-    for path in (Path(args.data) / "train.tsv", Path(args.teacher) / "config.json"):
-        if not path.is_file():
-            sys.exit(f"{path} is missing; this benchmark needs SST-2 and the model of scripts/benchmark_text.py. Skipped.")
+    sst2.need(args.data, args.teacher)
     tokenizer = AutoTokenizer.from_pretrained(args.teacher)
-    splits = {name: read(Path(args.data) / f"{name}.tsv", tokenizer) for name in ("train", "dev", "test")}
+    splits = sst2.splits(args.data, tokenizer, 128 if args.quick else None)
     if args.quick:
-        splits = {name: rows[:128] for name, rows in splits.items()}
         args.seeds, args.epochs, args.repeats = args.seeds[:1], 1, 5
     teacher = AutoModelForSequenceClassification.from_pretrained(args.teacher)
     output = Path(args.output)
@@ -73,8 +68,8 @@ def main() -> None:
         )
         options = {
             "train_dataset": splits["train"],
-            "data_collator": DataCollatorWithPadding(tokenizer, padding="max_length", max_length=64),
-            "compute_metrics": lambda p: {"accuracy": float((np.argmax(p.predictions, -1) == p.label_ids).mean())},
+            "data_collator": DataCollatorWithPadding(tokenizer),
+            "compute_metrics": sst2.compute_metrics,
         }
         if distilled:
             return DistillationTrainer(student, arguments, teacher_model=teacher, **options)
@@ -118,7 +113,10 @@ def main() -> None:
             table[f"{start}, {'distilled' if distilled else 'cross-entropy'}"] = means
             print(f"{start:>12} {'distilled' if distilled else 'cross-entropy':>13}: test {100 * means['test_accuracy']:.2f}%, "
                   f"{100 * means['retention']:.1f}% of the teacher")  # fmt: skip
-    batch = {**timing_batch(splits["test"], tokenizer), "labels": torch.tensor([row["labels"] for row in splits["test"][:32]])}
+    batch = {
+        **sst2.timing_batch(splits["test"], tokenizer),
+        "labels": torch.tensor([row["labels"] for row in splits["test"][:32]]),
+    }
     cost = step_cost(trainer_for, teacher, args.layers, batch, args.repeats)
     print(f"a step against (student's step + teacher's forward): {cost['ratio']['median']:.3f} "
           f"(quartiles {cost['ratio']['quartiles'][0]:.3f}-{cost['ratio']['quartiles'][1]:.3f})")  # fmt: skip

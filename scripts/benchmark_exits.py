@@ -12,13 +12,13 @@ import argparse
 import json
 import logging
 import platform
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
+import sst2
 import torch
-from benchmark_text import read
+from sst2 import accuracy, batches
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -34,8 +34,8 @@ from hf_compress.exits import exits_off
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", default="../shared/data/sst2", help="folder with train.tsv, dev.tsv, test.tsv")
-    parser.add_argument("--dense", default="runs/text/dense", help="a fine-tuned classifier")
+    parser.add_argument("--data", default=sst2.DATA, help="folder with train.tsv, dev.tsv, test.tsv")
+    parser.add_argument("--dense", default=sst2.DENSE, help="a fine-tuned classifier")
     parser.add_argument("--output", default="runs/exits")
     parser.add_argument("--after", type=int, nargs="+", default=None, help="layers with an exit; default: all but the last")
     parser.add_argument("--criteria", nargs="+", default=["confidence", "entropy", "patience"])
@@ -49,16 +49,14 @@ def main() -> None:
     parser.add_argument("--train-rows", type=int, default=None, help="train on the first so many sentences only")
     parser.add_argument("--quick", action="store_true", help="few rows, one pass: does it run?")
     args = parser.parse_args()
-    for path, what in ((Path(args.data) / "train.tsv", "SST-2"), (Path(args.dense) / "config.json", "fine-tuned model")):
-        if not path.is_file():
-            sys.exit(f"No {what} at {path.parent}; scripts/benchmark_text.py makes the model. Skipped.")
+    sst2.need(args.data, args.dense)
     logging.basicConfig(level=logging.WARNING)
     if args.threads:
         torch.set_num_threads(args.threads)
     output = Path(args.output)
     output.mkdir(parents=True, exist_ok=True)
     tokenizer = AutoTokenizer.from_pretrained(args.dense)
-    splits = {name: read(Path(args.data) / f"{name}.tsv", tokenizer) for name in ("train", "dev", "test")}
+    splits = sst2.splits(args.data, tokenizer)
     splits["train"] = splits["train"][: args.train_rows]
     if args.quick:
         splits = {"train": splits["train"][: args.train_rows or 256], "dev": splits["dev"][:128], "test": splits["test"][:96]}
@@ -88,7 +86,7 @@ def main() -> None:
                 use_cpu=not torch.cuda.is_available(),
             ),
             train_dataset=splits["train"],  # type: ignore[arg-type]
-            data_collator=DataCollatorWithPadding(tokenizer, padding="max_length", max_length=64),
+            data_collator=DataCollatorWithPadding(tokenizer),
             callbacks=[callback],
         )
         start = time.perf_counter()
@@ -138,21 +136,6 @@ def main() -> None:
     }
     (output / "benchmark_exits.json").write_text(json.dumps(result, indent=1) + "\n")
     print(f"written: {output / 'benchmark_exits.json'}")
-
-
-def batches(rows: list[dict], size: int, collate):
-    """Batches in the order of the file, each padded to its longest sentence."""
-    for start in range(0, len(rows), size):
-        yield dict(collate(rows[start : start + size]))
-
-
-def accuracy(model, rows: list[dict], collate) -> float:
-    right = 0
-    with torch.no_grad():
-        for batch in batches(rows, 64, collate):
-            labels = batch.pop("labels")
-            right += int((model(**batch).logits.argmax(-1) == labels).sum())
-    return right / len(rows)
 
 
 @torch.no_grad()

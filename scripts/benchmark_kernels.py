@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmark_text import packaged_minilm
+from sst2 import packaged_minilm
 from torch import nn
 from transformers import AutoModel
 

@@ -12,13 +12,12 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import sys
 import warnings
 from functools import partial
 from pathlib import Path
 
+import sst2
 import torch
-from benchmark_text import read, timing_batch
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -33,8 +32,8 @@ import hf_compress as hc
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", default="../shared/data/sst2")
-    parser.add_argument("--model", default="runs/text/dense", help="what benchmark_text.py fine-tuned")
+    parser.add_argument("--data", default=sst2.DATA)
+    parser.add_argument("--model", default=sst2.DENSE, help="what benchmark_text.py fine-tuned")
     parser.add_argument("--output", default="runs/quantization")
     parser.add_argument("--parts", nargs="+", default=["post", "latency", "train"], choices=["post", "latency", "train"])
     parser.add_argument("--bits", type=int, nargs="+", default=[4, 3], help="of the training part")
@@ -43,15 +42,11 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=30)
     parser.add_argument("--quick", action="store_true", help="a smoke run on few rows and steps")
     args = parser.parse_args()
-    for needed in (Path(args.data) / "train.tsv", Path(args.model) / "config.json"):
-        if not needed.is_file():
-            sys.exit(f"{needed} is not there: run scripts/benchmark_text.py first, with SST-2 in --data. Skipped.")
+    sst2.need(args.data, args.model)
     output = Path(args.output)
     output.mkdir(parents=True, exist_ok=True)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    splits = {name: read(Path(args.data) / f"{name}.tsv", tokenizer) for name in ("train", "dev", "test")}
-    if args.quick:
-        splits = {name: rows[:96] for name, rows in splits.items()}
+    splits = sst2.splits(args.data, tokenizer, 96 if args.quick else None)
     held_out = splits["dev"] + splits["test"]
     collate = DataCollatorWithPadding(tokenizer)
     dense = AutoModelForSequenceClassification.from_pretrained(args.model).eval()
@@ -153,8 +148,7 @@ def latency(dense, load, rows, tokenizer, repeats: int, output: Path) -> dict:
     variants |= others(dense, output)
     found: dict = {}
     for size, length in ((32, 64), (1, 16)):
-        batch = timing_batch(rows, tokenizer, size, 64)
-        batch = {k: v[:, :length].contiguous() for k, v in batch.items()}
+        batch = sst2.timing_batch(rows, tokenizer, size, length)
         for name, model in variants.items():
             report = hc.measure(model, batch, against=dense, repeats=repeats)
             found[f"{name}, batch {size} x {length}"] = [report.speedup, *(report.speedup_interval or ())]

