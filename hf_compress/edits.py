@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import reprlib
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -16,16 +17,35 @@ class CompressionError(ValueError):
     """A refusal: what was got, what is allowed, what to do. Raised before anything has changed."""
 
 
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 3, 80, 80
+
+
+def shown(value: Any) -> str:
+    """What was got, for a message: short, however long or deeply nested it is.
+
+    Example:
+
+    ```python
+    >>> from hf_compress.edits import shown
+    >>> shown([[[[[]]]], "x"]), len(shown("x" * 1000))
+    ("[[[[...]]], 'x']", 80)
+
+    ```
+    """
+    return _SHORT.repr(value)
+
+
 def _name(value: Any, where: str) -> str:
     if not isinstance(value, str) or not value:
-        raise CompressionError(f"{where} must be a module name as `discover` prints it, got {value!r}.")
+        raise CompressionError(f"{where} must be a module name as `discover` prints it, got {shown(value)}.")
     return value
 
 
 def _indices(values: Any, where: str) -> tuple[int, ...]:
     """Sorted unique indices >= 0. Order has no meaning in what is kept, so two plans that keep the same compare equal."""
     if isinstance(values, str | bytes) or not isinstance(values, Iterable) or getattr(values, "ndim", 1) != 1:
-        raise CompressionError(f"{where} must be a sequence of indices of what stays, got {values!r}.")
+        raise CompressionError(f"{where} must be a sequence of indices of what stays, got {shown(values)}.")
     indices = []
     for value in values:
         try:
@@ -33,7 +53,7 @@ def _indices(values: Any, where: str) -> tuple[int, ...]:
                 raise TypeError
             indices.append(operator.index(value))
         except TypeError:
-            raise CompressionError(f"{where} must hold whole numbers, got {value!r}.") from None
+            raise CompressionError(f"{where} must hold whole numbers, got {shown(value)}.") from None
     if not indices:
         raise CompressionError(f"{where} is empty: name at least one. (To remove a whole layer, use KeepLayers.)")
     if len(set(indices)) != len(indices):
@@ -136,13 +156,13 @@ class KeepLayers:
 
 def _count(value: Any, where: str, least: int = 1) -> int:
     if type(value) is not int or not least <= value <= MOST_UNITS:
-        raise CompressionError(f"{where} must be a whole number >= {least}, got {value!r}.")
+        raise CompressionError(f"{where} must be a whole number >= {least} and at most {MOST_UNITS:,}, got {shown(value)}.")
     return value
 
 
 def _choice(value: Any, allowed: tuple, where: str) -> Any:
-    if isinstance(value, bool) is not any(isinstance(a, bool) for a in allowed) or value not in allowed:
-        raise CompressionError(f"{where} must be one of {', '.join(map(repr, allowed))}, got {value!r}.")
+    if not isinstance(value, type(allowed[0])) or value not in allowed:
+        raise CompressionError(f"{where} must be one of {', '.join(map(repr, allowed))}, got {shown(value)}.")
     return value
 
 
@@ -260,7 +280,7 @@ class Quantize:
         where = f"Quantize({self.module!r})"
         _name(self.module, "Quantize.module")
         if type(self.bits) is not int or self.bits not in BITS:
-            raise CompressionError(f"{where}.bits must be one of {', '.join(map(str, BITS))}, got {self.bits!r}.")
+            raise CompressionError(f"{where}.bits must be one of {', '.join(map(str, BITS))}, got {shown(self.bits)}.")
         if self.bits == 8 and self.group_size is not None:
             raise CompressionError(f"{where}: 8 bits have one scale per output channel; leave group_size out.")
         if self.bits < 8:
@@ -282,16 +302,17 @@ class AddExits:
         after (`Sequence[int]`): layers that an exit sits after, from 0. The last has the model's own head and gets none.
         criterion (`str`, defaults to `"confidence"`): `"confidence"` (largest probability), `"entropy"` (DeeBERT, Xin et al.
             2020) or `"patience"` (PABEE, Zhou et al. 2020); see `hf_compress.exits.CRITERIA`.
-        threshold (`float` or `Sequence[float]`, *optional*): for all exits, or one for each. A default per criterion;
-            `tune_exits_` finds one that fits.
+        threshold (`float` or `Sequence[float]`, *optional*): for all exits, or one for each layer in `after`, which counts
+            upwards then. A default per criterion; `tune_exits_` finds one that fits.
         pool (`str`, *optional*): what heads read: `"first"`, `"mean"` or `"last"` token. If left out, the last token where
             the model's own head reads that, else the mean of the real tokens.
         distil (`float`, defaults to 0.0): weight of self-distillation from the last layer while training, in [0, 1].
         temperature (`float`, defaults to 2.0): of self-distillation.
-        weights (`str` or `Sequence[float]`, defaults to `"depth"`): how the losses of exits are weighted while training.
+        weights (`str` or `Sequence[float]`, defaults to `"depth"`): how the losses of exits are weighted while training:
+            `"depth"`, `"equal"`, or one for each layer in `after` and, last, one for the final layer.
 
     Raises:
-        CompressionError: an index is negative, named twice or not a whole number.
+        CompressionError: an index is negative, named twice or not a whole number; an option means nothing to any model.
 
     Example:
 
@@ -312,7 +333,9 @@ class AddExits:
     weights: str | tuple[float, ...] = "depth"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "after", _indices(self.after, "AddExits.after"))
+        from .exits.options import check_edit  # here, since what it checks with is refused with this file's error
+
+        object.__setattr__(self, "after", tuple(check_edit(**vars(self))))
         for name in ("threshold", "weights"):
             value = getattr(self, name)
             if isinstance(value, list | tuple):

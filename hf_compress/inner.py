@@ -83,11 +83,16 @@ def with_quantizer(
             f"{type(quantization_config).__name__}. For any other method prune into the stock tier (uniform=True), which takes "
             "every quantization_config."
         )
+    if not isinstance(checkpoint, str | os.PathLike | PretrainedConfig):
+        raise CompressionError(f"checkpoint is a folder, a Hub id or a config, got {type(checkpoint).__name__}.")
     _check_installed(name)
     if isinstance(quantization_config, BitsAndBytesConfig) and not quantization_config.is_quantizable():
         raise CompressionError("This BitsAndBytesConfig quantizes nothing: set load_in_4bit=True or load_in_8bit=True.")
     given = isinstance(checkpoint, PretrainedConfig)
-    config = copy.deepcopy(checkpoint) if given else AutoConfig.from_pretrained(checkpoint, **kwargs)
+    try:
+        config = copy.deepcopy(checkpoint) if given else AutoConfig.from_pretrained(checkpoint, **kwargs)
+    except (OSError, ValueError) as error:
+        raise CompressionError(f"The config of {checkpoint} cannot be read: {error}") from error
     record: Any = getattr(config, "quantization_config", None)
     where = type(config).__name__ if given else str(checkpoint)
     if record is None:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from .discover import Attention, discover
-from .edits import KeepHeads, KeepNeurons
+from .edits import CompressionError, KeepHeads, KeepNeurons
 from .modules import gate_, is_gated, ungate_
 from .plan import Plan
 from .resolve import Resolved
@@ -18,6 +18,10 @@ class Mask:
     """What `mask_` returns: the mask is on until `.remove()`, or until the end of a `with` block."""
 
     def __init__(self, model: nn.Module, resolved: Resolved) -> None:
+        if not isinstance(model, nn.Module) or not isinstance(resolved, Resolved):
+            raise CompressionError(
+                f"A Mask is made by mask_(model, plan), got {type(model).__name__}, {type(resolved).__name__}."
+            )
         self._gated: list[nn.Module] = []
         self._hooks: list[Any] = []
         for cut in resolved.cuts:

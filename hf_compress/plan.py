@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as dump_tensors
 
-from .edits import EDITS, MOST_UNITS, CompressionError, Edit, from_spans, spans_of
+from .edits import EDITS, MOST_UNITS, CompressionError, Edit, from_spans, shown, spans_of
 
 FORMAT = 1
 PLAN_FILE = "compression_plan.json"
@@ -59,17 +59,13 @@ class Plan:
     tensors: dict[str, torch.Tensor] | None
 
     def __init__(self, edits: Iterable[Edit] = (), tensors: Mapping[str, torch.Tensor] | None = None) -> None:
-        if not isinstance(edits, Iterable) or (tensors is not None and not isinstance(tensors, Mapping)):
-            raise CompressionError(
-                f"Plan takes a sequence of edits and a dict of tensors, got {edits!r} and {type(tensors).__name__}."
-            )
+        if not isinstance(edits, Iterable) or isinstance(edits, str | bytes | Mapping):
+            raise CompressionError(f"Plan takes a sequence of edits ({', '.join(EDITS)}), got {shown(edits)}.")
         edits = tuple(edits)
         for edit in edits:
             if not isinstance(edit, tuple(EDITS.values())):
-                raise CompressionError(f"A plan is made of edits ({', '.join(EDITS)}), got {edit!r}.")
-        for name, tensor in (tensors or {}).items():
-            if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
-                raise CompressionError(f"Plan.tensors maps names to tensors, got {name!r}: {type(tensor).__name__}.")
+                raise CompressionError(f"A plan is made of edits ({', '.join(EDITS)}), got {shown(edit)}.")
+        _check_tensors(tensors)
         object.__setattr__(self, "edits", edits)
         object.__setattr__(self, "tensors", dict(tensors) if tensors else None)
 
@@ -90,7 +86,7 @@ class Plan:
 
     def __add__(self, other: Plan) -> Plan:
         if not isinstance(other, Plan):
-            return NotImplemented
+            raise CompressionError(f"A Plan adds up with a Plan, got {shown(other)}. Plan([...]) makes one of edits.")
         mine, theirs = self.tensors or {}, other.tensors or {}
         both = sorted(mine.keys() & theirs.keys())
         if both:
@@ -128,6 +124,8 @@ class Plan:
 
         `spans`: write indices as `"0-2 5"` and not as lists, which is shorter and, in a config, much faster to load.
         """
+        if not isinstance(spans, bool):
+            raise CompressionError(f"spans must be True or False, got {shown(spans)}.")
         data: dict[str, Any] = {"format": FORMAT, "edits": [edit_to_dict(edit, spans) for edit in self.edits]}
         if self.tensors:
             data["tensors"] = {"names": sorted(self.tensors), "sha256": _digest(self.tensors)}
@@ -141,14 +139,16 @@ class Plan:
             CompressionError: the dict is not a plan, comes from a later format, or its tensors are missing or changed.
         """
         if not isinstance(data, Mapping) or not isinstance(data.get("edits"), list):
-            raise CompressionError(f"Not a plan: expected a dict with a list of 'edits', got {str(data)[:80]!r}.")
+            raise CompressionError(f"Not a plan: expected a dict with a list of 'edits', got {shown(data)}.")
         unknown = sorted(str(key) for key in set(data) - {"format", "edits", "tensors"})
         if unknown:
-            raise CompressionError(f"A plan has 'format', 'edits' and 'tensors', got also {unknown}.")
-        if data.get("format") != FORMAT:
+            raise CompressionError(f"A plan has 'format', 'edits' and 'tensors', got also {shown(unknown)}.")
+        if data.get("format") != FORMAT or isinstance(data["format"], bool):
             raise CompressionError(
-                f"This plan has format {data.get('format')!r}; this hf_compress reads format {FORMAT}. Upgrade hf_compress."
+                f"This plan has format {shown(data.get('format'))}; this hf_compress reads format {FORMAT}. "
+                "Upgrade hf_compress."
             )
+        _check_tensors(tensors)
         if data.get("tensors"):
             if not tensors:
                 raise CompressionError(
@@ -175,8 +175,7 @@ class Plan:
         """
         from .files import replace_files
 
-        if not isinstance(folder, str | os.PathLike):
-            raise CompressionError(f"Plan.save takes the path of a folder, got {folder!r}.")
+        folder = _folder(folder, "Plan.save")
         files = {PLAN_FILE: (json.dumps(self.to_dict(), indent=1) + "\n").encode()}
         if self.tensors:
             files[TENSORS_FILE] = dump_tensors({k: v.detach().cpu().contiguous() for k, v in self.tensors.items()})
@@ -189,22 +188,41 @@ class Plan:
         Raises:
             CompressionError: there is none, or it is truncated or changed.
         """
-        if not isinstance(folder, str | os.PathLike):
-            raise CompressionError(f"Plan.load takes the path of a folder, got {folder!r}.")
-        path = Path(folder) / PLAN_FILE
+        folder = _folder(folder, "Plan.load")
+        path = folder / PLAN_FILE
         try:
-            data = json.loads(path.read_text())
+            data = json.loads(path.read_text(encoding="utf-8"))
         except OSError as error:
             raise CompressionError(f"No plan to read at {path}: {error.strerror}. Plan.save(folder) writes one.") from error
+        except RecursionError as error:
+            raise CompressionError(f"{path} is not a plan: it is nested deeper than any plan is.") from error
         except ValueError as error:
             raise CompressionError(f"{path} is not a whole plan ({error}); save it again.") from error
         tensors = None
         if isinstance(data, dict) and data.get("tensors"):
             try:
-                tensors = load_tensors((Path(folder) / TENSORS_FILE).read_bytes())
+                tensors = load_tensors((folder / TENSORS_FILE).read_bytes())
             except (OSError, SafetensorError) as error:
                 raise CompressionError(f"{TENSORS_FILE}, which belongs to {path}, cannot be read: {error}.") from error
         return cls.from_dict(data, tensors)
+
+
+def _folder(folder: Any, who: str) -> Path:
+    path = os.fspath(folder) if isinstance(folder, str | os.PathLike) else None
+    if not isinstance(path, str) or not path or "\0" in path:
+        raise CompressionError(f"{who} takes the path of a folder, got {shown(folder)}.")
+    return Path(path)
+
+
+def _check_tensors(tensors: Any) -> None:
+    if tensors is not None and not isinstance(tensors, Mapping):
+        raise CompressionError(f"Plan.tensors maps names to tensors, got {shown(tensors)}.")
+    for name, tensor in (tensors or {}).items():
+        if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
+            raise CompressionError(f"Plan.tensors maps names to tensors, got {shown(name)}: {type(tensor).__name__}.")
+        if tensor.is_meta or tensor.layout != torch.strided:
+            kind = "on the meta device and holds nothing" if tensor.is_meta else f"laid out as {tensor.layout}"
+            raise CompressionError(f"Plan.tensors[{name!r}] is {kind}; a plan takes dense tensors with values.")
 
 
 def _row(edit: Edit) -> tuple[str, str]:
@@ -239,12 +257,12 @@ def edit_from_dict(data: Any) -> Edit:
     name = data.get("edit") if isinstance(data, Mapping) else None
     kind = EDITS.get(name) if isinstance(name, str) else None
     if kind is None:
-        raise CompressionError(f"Not an edit: {str(data)[:80]!r}. Known edits: {', '.join(EDITS)}.")
+        raise CompressionError(f"Not an edit: {shown(data)}. Known edits: {', '.join(EDITS)}.")
     values = {name: value for name, value in data.items() if name != "edit"}
     names = {field.name for field in fields(kind)}
     needed = {field.name for field in fields(kind) if field.default is MISSING}
     if not needed <= values.keys() <= names:
-        raise CompressionError(f"{data['edit']} takes {sorted(names)}, got {sorted(map(str, values))}.")
+        raise CompressionError(f"{data['edit']} takes {sorted(names)}, got {shown(sorted(map(str, values)))}.")
     for name in ("heads", "neurons", "layers", "after"):
         if isinstance(values.get(name), str):
             values[name] = from_spans(values[name])

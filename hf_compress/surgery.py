@@ -120,10 +120,10 @@ def apply_(model: nn.Module, plan: Plan, *, inputs: Mapping[str, Any] | None = N
     if any(p.is_meta for p in model.parameters()):
         raise CompressionError("The model is on the meta device and has no weights to change; load it first.")
     check_foreign(model)
-    _check_tensors(plan)
+    steps = _steps(plan)
     undo: Undo = []
     try:
-        for step in _steps(plan):
+        for step in steps:
             if isinstance(step.edits[0], Substitution):
                 _substitute(model, step, inputs, undo)
             elif isinstance(step.edits[0], AddExits):
@@ -141,6 +141,7 @@ def _steps(plan: Plan) -> list[Plan]:
     """The plan in parts that are proved and made together: runs of cuts, runs of edits of one other kind."""
     if not isinstance(plan, Plan):
         raise CompressionError(f"Expected a Plan, got {type(plan).__name__}. Plan([KeepHeads(...), ...]) makes one.")
+    _check_tensors(plan)
 
     def kind(edit: Any) -> type:
         return type(edit) if isinstance(edit, Substitution | AddExits) else KeepHeads
@@ -149,8 +150,8 @@ def _steps(plan: Plan) -> list[Plan]:
 
 
 def _check_tensors(plan: Plan) -> None:
-    used = {name for edit in plan.edits for name in names_given(edit)} if isinstance(plan, Plan) else set()
-    extra = sorted((plan.tensors or {}).keys() - used) if isinstance(plan, Plan) else []
+    used = {name for edit in plan.edits for name in names_given(edit)}
+    extra = sorted((plan.tensors or {}).keys() - used)
     if extra:
         raise CompressionError(
             f"The plan carries tensors that none of its edits uses ({', '.join(extra[:4])}{', ...' * (len(extra) > 4)}): "
@@ -228,7 +229,9 @@ def prove_plan(model: nn.Module, plan: Plan, inputs: Mapping[str, Any] | None = 
     return {module: layout for variant in proved.values() for module, layout in variant.layouts.items()}
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
+def _unwrapped(model: Any) -> nn.Module:
+    if not isinstance(model, nn.Module):
+        raise CompressionError(f"Expected a model (a torch.nn.Module), got {type(model).__name__}; load it first.")
     inner = getattr(model, "_orig_mod", model)  # torch.compile
     return inner if isinstance(inner, nn.Module) else model
 

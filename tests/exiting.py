@@ -15,6 +15,7 @@ from hf_compress.exits import (
     collect_exits,
     exit_options,
     resolve_exits,
+    set_exits_,
 )
 from tests.trainers import trainer
 from tests.zoo import DEBERTA, GPT2, GQA, IMAGE, TEXT
@@ -40,6 +41,11 @@ CLASSIFIERS = {
     "modernbert_mean": (T.ModernBertForSequenceClassification, T.ModernBertConfig, dict(MODERN, classifier_pooling="mean"), "mean"),
     "vit": (T.ViTForImageClassification, T.ViTConfig, IMAGE, "mean"),
     "dinov2": (T.Dinov2ForImageClassification, T.Dinov2Config, DINO, "mean"),
+    # its layers give a list
+    "openai_gpt": (
+        T.OpenAIGPTForSequenceClassification, T.OpenAIGPTConfig, dict(vocab_size=99, n_embd=64, n_layer=3, n_head=4, pad_token_id=0),
+        "last",
+    ),
     "gpt2": (T.GPT2ForSequenceClassification, T.GPT2Config, dict(GPT2, pad_token_id=0), "last"),
     "llama": (T.LlamaForSequenceClassification, T.LlamaConfig, GQA, "last"),
 }  # fmt: skip
@@ -140,6 +146,13 @@ def without_dropout(model):
     return model
 
 
+EVALUATED = {
+    "input_ids": torch.randint(5, 99, (13, 10), generator=torch.Generator().manual_seed(1)),
+    "attention_mask": torch.ones(13, 10, dtype=torch.long),
+    "labels": torch.arange(13) % 2,
+}
+
+
 def joint_training(folder, rows):
     """Three steps of joint training on batches of 8 rows, `rows` of them in each process."""
     callback = hc.EarlyExitCallback([0, 1], threshold=0.6, distil=0.3)
@@ -148,9 +161,14 @@ def joint_training(folder, rows):
     t = trainer(folder, [callback], model=model, kind=hc.CompressionTrainer, **options)
     t.train()
     logs = {k: v for entry in t.state.log_history for k, v in entry.items() if k.endswith("loss") or k.startswith("exit_loss")}
-    return {"weights": dict(t.model.named_parameters()), "logs": logs}
+    # 13 rows, of which no number of processes and no batch has an equal share
+    t.eval_dataset = [{k: v[i] for k, v in EVALUATED.items()} for i in range(13)]
+    set_exits_(t.model, threshold=halves(t.model.eval(), EVALUATED))
+    return {"weights": dict(t.model.named_parameters()), "logs": logs, "metrics": t.evaluate(), "model": t.model}
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    torch.save(joint_training(sys.argv[1], 4), f"{sys.argv[1]}/rank{os.environ['RANK']}.pt")
+    found = joint_training(sys.argv[1], 4)
+    del found["model"]
+    torch.save(found, f"{sys.argv[1]}/rank{os.environ['RANK']}.pt")

@@ -1,4 +1,4 @@
-"""Two processes train the exits that one would: weights and logged losses."""
+"""Two processes train the exits that one would: weights, logged losses, and the depth of an evaluation."""
 
 import os
 import socket
@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.exiting import joint_training, plain_model
+from hf_compress.exits import exit_layers
+from tests.exiting import EVALUATED, joint_training, plain_model, run
 
 ROOT = Path(__file__).parent.parent
 
@@ -35,3 +36,11 @@ def test_two_processes_train_the_exits_that_one_would(tmp_path):
     assert not torch.equal(alone["weights"]["classifier.weight"], before["classifier.weight"])
     for name in ("exit_loss_0", "exit_loss_1", "final_loss", "loss"):
         assert ranks[0]["logs"][name] == pytest.approx(alone["logs"][name], rel=1e-3)
+    # each row counts once, also those that fill up the last batch of a process
+    for rank in ranks:
+        assert rank["metrics"]["eval_mean_exit_depth"] == pytest.approx(alone["metrics"]["eval_mean_exit_depth"])
+    run(alone["model"], EVALUATED)
+    depths = exit_layers(alone["model"]) + 1
+    assert alone["metrics"]["eval_mean_exit_depth"] == pytest.approx(depths.double().mean().item())
+    filled = torch.cat([depths, depths[:3]])
+    assert filled.double().mean().item() != pytest.approx(depths.double().mean().item())

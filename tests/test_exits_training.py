@@ -55,7 +55,7 @@ def by_hand(model, batch, labels, weights, distil=0.0, temperature=2.0, scale=1.
     return float(np.dot(weights, each) / np.sum(weights)), ce
 
 
-@pytest.mark.parametrize("name", ["bert", "vit", "gpt2", "llama", "deberta_v2", "modernbert"])
+@pytest.mark.parametrize("name", ["bert", "vit", "gpt2", "openai_gpt", "llama", "deberta_v2", "modernbert"])
 def test_joint_loss_by_value(name):
     labels = torch.tensor([0, 1, 2, 0, 1, 2, 0, 1])
     for weights, numbers in (("depth", [1, 2, 3]), ("equal", [1, 1, 1]), ([0.5, 0.0, 2.0], [0.5, 0.0, 2.0])):
@@ -171,6 +171,66 @@ def test_evaluation_while_training_is_the_full_models_unless_asked(evaluate, tmp
     assert len(seen) == 2 and all(set(s) == ({0} if evaluate else {2}) for s in seen)
     t.evaluate()
     assert set(seen[-1]) == {0}
+
+
+class Logged(T.TrainerCallback):
+    """What a reporting integration is given."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self.seen.append(dict(logs))
+
+
+def test_the_mean_depth_of_an_evaluation_is_among_its_metrics(tmp_path):
+    """13 rows in batches of 5: the mean over rows, not over batches; each row runs once."""
+    logged, forwards = Logged(), []
+    t = trainer(tmp_path, [logged, exits()], model=plain_model(num_labels=2), per_device_eval_batch_size=5)
+    spread_heads(t.model)
+    data = rows(13)
+    batch = {k: torch.stack([r[k] for r in data]) for k in ("input_ids", "attention_mask")}
+    thresholds = halves(t.model.eval(), batch)
+    _, taken = expected(all_logits(t.model, batch), thresholds)
+    depths = taken.double().numpy() + 1  # exits after layers 0 and 1 of three
+    wanted = depths.mean()
+    assert wanted != pytest.approx(np.mean([depths[:5].mean(), depths[5:10].mean(), depths[10:].mean()]))
+    t.model.register_forward_hook(lambda *_: forwards.append(1))
+    for enabled, depth in ((True, wanted), (False, 3.0)):
+        set_exits_(t.model, threshold=thresholds, enabled=enabled)
+        metrics = t.evaluate(data)
+        assert metrics["eval_mean_exit_depth"] == pytest.approx(depth) and logged.seen[-1]["eval_mean_exit_depth"] == approx(
+            depth
+        )
+        assert t.state.log_history[-1]["eval_mean_exit_depth"] == approx(depth) and "eval_loss" in metrics
+    assert len(forwards) == 6
+    set_exits_(t.model, enabled=True)
+    assert t.predict(data).metrics["test_mean_exit_depth"] == approx(wanted)
+    both = t.evaluate({"one": data[:5], "other": data})
+    assert both["eval_one_mean_exit_depth"] == approx(depths[:5].mean()) and both["eval_other_mean_exit_depth"] == approx(
+        wanted
+    )
+    # an evaluation that broke off leaves nothing behind, nor do exits that are taken off
+    with pytest.raises(KeyError):
+        t.evaluate([*data[:10], {"input_ids": data[0]["input_ids"]}, {}])
+    assert t.evaluate(data, metric_key_prefix="dev")["dev_mean_exit_depth"] == approx(wanted)
+    hc.detach_exits_(t.model)
+    assert not any("depth" in name for name in t.evaluate(data))
+
+
+def approx(value):
+    return pytest.approx(value, abs=1e-9)
+
+
+def test_the_mean_depth_can_choose_the_best_model(tmp_path):
+    t = trainer(
+        tmp_path, [exits(evaluate=True, threshold=0.6)], max_steps=6, learning_rate=2e-3, save_strategy="steps", save_steps=2,
+        eval_strategy="steps", eval_steps=2, load_best_model_at_end=True, metric_for_best_model="mean_exit_depth",
+        greater_is_better=False,
+    )  # fmt: skip
+    t.train()
+    depths = [entry["eval_mean_exit_depth"] for entry in t.state.log_history if "eval_mean_exit_depth" in entry]
+    assert len(depths) == 3 and t.state.best_metric == min(depths)
 
 
 @pytest.mark.parametrize("options", [{}, {"gradient_accumulation_steps": 2}, {"gradient_checkpointing": True}, {"bf16": True}])

@@ -80,8 +80,9 @@ class DistillationArguments(TrainingArguments):
         if self.kd_loss not in KD_LOSSES:
             raise CompressionError(f"Unknown kd_loss {self.kd_loss!r}. Known: {', '.join(KD_LOSSES)}.")
         tasks = dict.fromkeys(TASKS.values())
-        if self.distillation_task is not None and self.distillation_task not in tasks:
-            raise CompressionError(f"Unknown distillation_task {self.distillation_task!r}. Known: {', '.join(tasks)}.")
+        task = self.distillation_task
+        if task is not None and (not isinstance(task, str) or task not in tasks):
+            raise CompressionError(f"Unknown distillation_task {task!r}. Known: {', '.join(tasks)}.")
         self.layer_map = _layer_map(self.layer_map)
         weights = self.teacher_weights
         if weights is not None and (

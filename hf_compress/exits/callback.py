@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 
-from ..edits import AddExits, CompressionError
+from ..edits import AddExits, CompressionError, shown
 from ..host import calling_trainer, guard, restore_best, restore_what_stock_lost, unguard
 from ..plan import Plan
 from ..probe import owners_in
 from ..surgery import apply_
-from .criteria import check_criterion
-from .options import check_after, check_training, resolve_exits
+from .options import check_edit, resolve_exits, without_last
 from .runtime import exit_options, replace_options_, set_exits_, take_exit_losses
 
 
@@ -32,10 +33,15 @@ class EarlyExitCallback(TrainerCallback):
     what the model can do and not by a threshold that is not tuned yet. When training ends the exits are on, after an
     exception (Ctrl-C too) they are as they were before; `tune_exits_` picks a threshold.
 
+    Every `evaluate` (and `predict`) tells how many layers its rows ran through, `mean(i + 1)` over rows that left after layer
+    `i`, as `eval_mean_exit_depth`: the number of layers where no row leaves. It is among the metrics, so that it can choose
+    the best model, and goes to `report_to`; it costs no second pass.
+
     Args:
         after (`Sequence[int]`): layers that an exit sits after, from 0. The last has the model's own head and gets none.
         criterion (`str`, defaults to `"confidence"`): `"entropy"`, `"confidence"` or `"patience"`.
-        threshold (`float` or `list`, *optional*): when a row leaves; see `resolve_exits`.
+        threshold (`float` or `list`, *optional*): when a row leaves, for all exits or one for each layer in `after`; see
+            `resolve_exits`.
         pool (`str`, *optional*): what heads read: `"first"`, `"mean"` or `"last"` token; see `resolve_exits`.
         distil (`float`, defaults to 0.0): weight of self-distillation from the last layer, in [0, 1].
         temperature (`float`, defaults to 2.0): of self-distillation.
@@ -72,17 +78,18 @@ class EarlyExitCallback(TrainerCallback):
         evaluate: bool = False,
         inputs: Mapping[str, Any] | None = None,
     ) -> None:
-        check_criterion(criterion)
-        self.after = check_after(after)
-        check_training(distil, temperature, weights, len(self.after))
+        self.after = check_edit(after, criterion, threshold, pool, distil, temperature, weights)
         if not isinstance(evaluate, bool):
-            raise CompressionError(f"evaluate is True or False, got {evaluate!r}.")
+            raise CompressionError(f"evaluate is True or False, got {shown(evaluate)}.")
+        if inputs is not None and (not isinstance(inputs, Mapping) or not all(isinstance(key, str) for key in inputs)):
+            raise CompressionError(f"inputs must be a batch as for model(**inputs), got {shown(inputs)}.")
         self.criterion, self.threshold, self.evaluate, self.inputs = criterion, threshold, evaluate, inputs
         self.options = {"pool": pool, "distil": distil, "temperature": temperature, "weights": weights}
         self.model: PreTrainedModel | None = None  # the one that has our exits
         self._trainer: Trainer | None = None
         self._joined = False
         self._enabled: bool | None = None  # whether rows left before we took over; None while we have not
+        self._ran: tuple[Any, torch.Tensor, int] | None = None  # of an evaluation: its loader, the rows' depths summed, rows
 
     def __repr__(self) -> str:
         return f"EarlyExitCallback(after={self.after}, criterion={self.criterion!r}, threshold={self.threshold!r})"
@@ -99,14 +106,15 @@ class EarlyExitCallback(TrainerCallback):
             options = resolve_exits(owner, self.after, self.criterion, self.threshold, inputs=self.inputs, **self.options)
             attach_and_record(owner, options, self.inputs)
         else:  # loaded from a checkpoint: it trains on
-            wanted = [i for i in self.after if i != owner.__dict__["_exits"].depth - 1]  # the last has the model's own head
+            depth = owner.__dict__["_exits"].depth
+            wanted, threshold, weights = without_last(self.after, depth, self.threshold, self.options["weights"])
             if known["after"] != wanted or self.options["pool"] not in (None, known["pool"]):
                 raise CompressionError(
                     f"This model has exits after {known['after']} already (pool={known['pool']!r}), and the callback asks for "
                     f"{self.after}; ask for the same, or detach_exits_(model) first."
                 )
-            set_exits_(owner, criterion=self.criterion, threshold=self.threshold)
-            replace_options_(owner, {k: v for k, v in self.options.items() if k != "pool"})
+            set_exits_(owner, criterion=self.criterion, threshold=threshold)
+            replace_options_(owner, {**{k: v for k, v in self.options.items() if k != "pool"}, "weights": weights})
         self.model, self._trainer, self._enabled = owner, trainer, None
         self._take_over()
 
@@ -155,9 +163,39 @@ class EarlyExitCallback(TrainerCallback):
             return
         losses = take_exit_losses(self.model)
         if losses:
-            shown = {name: _mean_over_processes(loss).item() for name, loss in losses.items()}
+            means = {name: _mean_over_processes(loss).item() for name, loss in losses.items()}
             if self._trainer is not None:
-                self._trainer.log(shown)
+                self._trainer.log(means)
+
+    def on_prediction_step(self, args, state, control, eval_dataloader=None, **kwargs):
+        exits = None if self.model is None else self.model.__dict__.get("_exits")
+        if exits is None or exits.left is None:
+            return
+        left: Any = exits.left + 1
+        if self._trainer is not None:
+            left = self._trainer.accelerator.gather_for_metrics(left)  # without rows that only fill up the last batch
+        total, rows = left.sum(), len(left)
+        if self._ran is not None and self._ran[0]() is eval_dataloader:  # else that evaluation broke off
+            total, rows = total + self._ran[1], rows + self._ran[2]
+        self._ran = (lambda: None) if eval_dataloader is None else weakref.ref(eval_dataloader), total, rows
+
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+        depth = self._add_mean_depth(metrics)
+        if depth and self._trainer is not None:
+            self._trainer.log(depth)  # the Trainer has logged its metrics by now
+
+    def on_predict(self, args, state, control, metrics=None, **kwargs):
+        self._add_mean_depth(metrics)
+
+    def _add_mean_depth(self, metrics: dict[str, float] | None) -> dict[str, float]:
+        """How many layers the rows of an evaluation ran through, put beside its other metrics."""
+        ran, self._ran = self._ran, None
+        if ran is None or metrics is None:
+            return {}
+        prefix = min((name for name in metrics if name.endswith("_runtime")), key=len, default="eval_runtime")
+        depth = {f"{prefix.removesuffix('_runtime')}_mean_exit_depth": ran[1].item() / ran[2]}
+        metrics.update(depth)
+        return depth
 
     def on_train_end(self, args, state, control, model=None, **kwargs):
         if self.model is None:
@@ -182,6 +220,7 @@ class EarlyExitCallback(TrainerCallback):
 
     def _abandon(self) -> None:
         """Training failed: rows leave as they did before it."""
+        self._ran = None
         if self._enabled is None:
             return
         if self.model is not None and exit_options(self.model) is not None:

@@ -9,7 +9,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from ..edits import CompressionError
+from ..edits import CompressionError, shown
+
+MOST_LABELS = 10_000_000
 
 
 def entropy(logits: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -99,39 +101,47 @@ CRITERIA: dict[str, Criterion] = {
 
 def check_criterion(name: Any) -> str:
     if not isinstance(name, str) or name not in CRITERIA:
-        raise CompressionError(f"Unknown exit criterion {name!r}. Known: {', '.join(CRITERIA)}.")
+        raise CompressionError(f"Unknown exit criterion {shown(name)}. Known: {', '.join(CRITERIA)}.")
     return name
 
 
-def check_threshold(criterion: str, threshold: Any, num_labels: int, num_exits: int) -> float | int | list[float]:
-    """A threshold that means something, or a refusal. A list holds one number for every exit (not for patience)."""
+def is_number(value: Any) -> bool:
+    """Whether a value is a finite number that a float holds, and no bool."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= 1e30
+
+
+def check_threshold(criterion: str, threshold: Any, num_labels: int | None, num_exits: int) -> float | int | list[float]:
+    """A threshold that means something, or a refusal. A list holds one number for every exit (not for patience).
+
+    `num_labels` may be None, where the model is not known yet: then only the most that any model allows is refused.
+    """
     if isinstance(threshold, list | tuple) and criterion != "patience":
         if len(threshold) != num_exits:
-            raise CompressionError(f"A list of thresholds needs one for each of the {num_exits} exits, got {threshold!r}.")
+            raise CompressionError(f"A list of thresholds needs one for each of the {num_exits} exits, got {shown(threshold)}.")
         return [float(_one(criterion, value, num_labels, num_exits)) for value in threshold]
     return _one(criterion, threshold, num_labels, num_exits)
 
 
-def _one(criterion: str, value: Any, num_labels: int, num_exits: int) -> float | int:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
+def _one(criterion: str, value: Any, num_labels: int | None, num_exits: int) -> float | int:
+    number = is_number(value)
     if criterion == "patience":
         if not number or not 1 <= value <= num_exits + 1 or value != int(value):
             raise CompressionError(
                 "The threshold of 'patience' is how many exits in a row must agree: one whole number from 1 to the number of "
-                f"exits plus 1 ({num_exits + 1}: nobody leaves), got {value!r}."
+                f"exits plus 1 ({num_exits + 1}: nobody leaves), got {shown(value)}."
             )
         return int(value)
     if criterion == "confidence":
         if not number or not 0 <= value <= 1:
             raise CompressionError(
                 "The threshold of 'confidence' is the probability above which a row leaves, from 0 (all leave) to 1 (nobody "
-                f"does), got {value!r}."
+                f"does), got {shown(value)}."
             )
         return float(value)
-    most = math.log(num_labels)
+    most = math.log(num_labels or MOST_LABELS)
     if not number or not 0 <= value <= most + 1e-6:
         raise CompressionError(
             "The threshold of 'entropy' is the entropy in nats below which a row leaves, from 0 (nobody leaves) to "
-            f"ln(num_labels) = {most:.4f} (all leave), got {value!r}."
+            f"ln(num_labels){f' = {most:.4f}' * bool(num_labels)} (all leave), got {shown(value)}."
         )
     return float(value)

@@ -195,7 +195,7 @@ def _has_rows(name: str, value: Any, count: int) -> bool:
 
 def _split(outputs: Any) -> tuple[torch.Tensor, tuple | None]:
     """Hidden states, and what a layer gives beside them (None where it gives a bare tensor)."""
-    return (outputs[0], tuple(outputs[1:])) if isinstance(outputs, tuple) else (outputs, None)
+    return (outputs[0], tuple(outputs[1:])) if isinstance(outputs, tuple | list) else (outputs, None)  # a list: OpenAI-GPT
 
 
 def _tensors(value: Any, path: str = "") -> Iterator[tuple[str, torch.Tensor]]:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,10 +12,10 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..discover import Layer, discover
-from ..edits import CompressionError
+from ..edits import CompressionError, shown
 from ..modules import width
 from ..probe import NoInputs, example_inputs, quiet_run
-from .criteria import CRITERIA, check_criterion, check_threshold
+from .criteria import CRITERIA, MOST_LABELS, check_criterion, check_threshold, is_number
 from .heads import POOLS
 
 logger = logging.get_logger(__name__)
@@ -37,14 +36,13 @@ def check_options(options: Mapping[str, Any]) -> dict[str, Any]:
         wrong = sorted(map(str, set(options) ^ set(KEYS)))
         raise CompressionError(f"The options of exits are {', '.join(KEYS)}; missing or unknown: {', '.join(wrong)}.")
     if not isinstance(options["stack"], str) or not options["stack"]:
-        raise CompressionError(f"'stack' is the path of a list of layers, got {options['stack']!r}.")
+        raise CompressionError(f"'stack' is the path of a list of layers, got {shown(options['stack'])}.")
     after = check_after(options["after"])
     for name in ("num_labels", "hidden_size"):
         least = 2 if name == "num_labels" else 1
-        if type(options[name]) is not int or not least <= options[name] <= 10_000_000:
-            raise CompressionError(f"{name!r} is a whole number from {least}, got {options[name]!r}.")
-    if options["pool"] not in POOLS:
-        raise CompressionError(f"'pool' is one of {', '.join(POOLS)}, got {options['pool']!r}.")
+        if type(options[name]) is not int or not least <= options[name] <= MOST_LABELS:
+            raise CompressionError(f"{name!r} is a whole number from {least}, got {shown(options[name])}.")
+    check_pool(options["pool"])
     criterion = check_criterion(options["criterion"])
     threshold = check_threshold(criterion, options["threshold"], options["num_labels"], len(after))
     check_training(options["distil"], options["temperature"], options["weights"], len(after))
@@ -54,37 +52,85 @@ def check_options(options: Mapping[str, Any]) -> dict[str, Any]:
 
 def check_after(after: Any) -> list[int]:
     """Sorted indices of layers, each once."""
-    if isinstance(after, str | bytes | Mapping) or not isinstance(after, Sequence | range):
-        raise CompressionError(f"'after' is a list of layers that an exit sits after, got {after!r}.")
-    found = []
-    for value in after:
+    return sorted(_as_given(after))
+
+
+def _as_given(after: Any) -> list[int]:
+    no_list = isinstance(after, str | bytes | Mapping) or not isinstance(after, Iterable)
+    if no_list or getattr(after, "ndim", 1) != 1:
+        raise CompressionError(f"'after' is a list of layers that an exit sits after, got {shown(after)}.")
+    values: list[Any] = list(after)
+    found: list[int] = []
+    for value in values:
         try:
-            found.append(operator.index(value) if not isinstance(value, bool) else None)
+            no_number = isinstance(value, bool) or str(getattr(value, "dtype", "")).endswith("bool")
+            found.append(-1 if no_number else operator.index(value))
         except TypeError:
-            found.append(None)
-    if not found or any(i is None or i < 0 for i in found) or len(set(found)) != len(found):
+            found.append(-1)
+    if not found or min(found) < 0 or len(set(found)) != len(found):
         raise CompressionError(
             f"'after' names each layer that an exit sits after once, as a whole number from 0 to the number of layers minus 2, "
-            f"got {list(after)!r}."
+            f"got {shown(values)}."
         )
-    return sorted(found)  # type: ignore[type-var]
+    return found
+
+
+def check_pool(pool: Any) -> None:
+    if not isinstance(pool, str) or pool not in POOLS:
+        raise CompressionError(f"'pool' is one of {', '.join(POOLS)}, got {shown(pool)}.")
 
 
 def check_training(distil: Any, temperature: Any, weights: Any, exits: int) -> None:
-    if isinstance(distil, bool) or not isinstance(distil, int | float) or not 0 <= distil <= 1:
-        raise CompressionError(f"'distil' is the weight of self-distillation against the labels, in [0, 1], got {distil!r}.")
-    if isinstance(temperature, bool) or not isinstance(temperature, int | float) or not 0 < temperature < math.inf:
-        raise CompressionError(f"'temperature' of self-distillation is a number above 0, got {temperature!r}.")
-    if weights in ("depth", "equal"):
+    if not is_number(distil) or not 0 <= distil <= 1:
+        raise CompressionError(
+            f"'distil' is the weight of self-distillation against the labels, in [0, 1], got {shown(distil)}."
+        )
+    if not is_number(temperature) or temperature <= 0:
+        raise CompressionError(f"'temperature' of self-distillation is a number above 0, got {shown(temperature)}.")
+    if isinstance(weights, str) and weights in ("depth", "equal"):
         return
-    numbers = isinstance(weights, list | tuple) and all(
-        isinstance(w, int | float) and not isinstance(w, bool) and 0 <= w < math.inf for w in weights
-    )
-    if not numbers or len(weights) != exits + 1 or sum(weights) <= 0:
+    numbers = list(weights) if isinstance(weights, list | tuple) else []
+    if len(numbers) != exits + 1 or not all(is_number(w) and w >= 0 for w in numbers) or sum(numbers) <= 0:
         raise CompressionError(
             f"'weights' of the losses are 'depth', 'equal', or {exits + 1} numbers from 0 (one for each exit and, last, one "
-            f"for the final layer), got {weights!r}."
+            f"for the final layer), got {shown(weights)}."
         )
+
+
+def check_edit(after: Any, criterion: Any, threshold: Any, pool: Any, distil: Any, temperature: Any, weights: Any) -> list[int]:
+    """Refuse options that mean nothing to any model, and give the layers sorted; `resolve_exits` knows the model.
+
+    Whether the last layer is named, which has the model's own head and gets no exit, only the model tells. So a list may
+    hold a number for every layer in `after`, or one fewer.
+    """
+    given = _as_given(after)
+    check_criterion(criterion)
+    lists = [name for name, value in (("threshold", threshold), ("weights", weights)) if isinstance(value, list | tuple)]
+    if lists and given != sorted(given):
+        raise CompressionError(
+            f"'after' counts upwards where {lists[0]!r} is given for each exit, so that it is clear which is whose; got "
+            f"{shown(given)}."
+        )
+    count = len(given)
+    if threshold is not None:
+        fewer = isinstance(threshold, list | tuple) and 0 < len(threshold) == count - 1
+        check_threshold(criterion, threshold, None, count - fewer)
+    if pool is not None:
+        check_pool(pool)
+    fewer = isinstance(weights, list | tuple) and 1 < len(weights) == count
+    check_training(distil, temperature, weights, count - fewer)
+    return sorted(given)
+
+
+def without_last(after: list[int], depth: int, threshold: Any, weights: Any) -> tuple[list[int], Any, Any]:
+    """`after`, thresholds and weights without those of the last layer, where the model's own head is."""
+    if after[-1] != depth - 1:
+        return after, threshold, weights
+    if isinstance(threshold, list | tuple) and len(threshold) == len(after):
+        threshold = list(threshold)[:-1]
+    if isinstance(weights, list | tuple) and len(weights) == len(after) + 1:
+        weights = [*weights[:-2], weights[-1]]
+    return after[:-1], threshold, weights
 
 
 def resolve_exits(
@@ -105,8 +151,8 @@ def resolve_exits(
         model (`PreTrainedModel`): a classifier of sequences or images whose layers lie in one stack.
         after (`Sequence[int]`): layers that an exit sits after, from 0. The last has the model's own head and gets none.
         criterion (`str`, defaults to `"confidence"`): see `CRITERIA`.
-        threshold (`float` or `list`, *optional*): probability 0.9, entropy `0.2 ln(num_labels)`, or 2 agreeing exits. Only a
-            start: `tune_exits_` finds one that fits.
+        threshold (`float` or `list`, *optional*): for all exits, or one for each layer in `after`. By default
+            probability 0.9, entropy `0.2 ln(num_labels)`, or 2 agreeing exits: only a start, `tune_exits_` finds one that fits.
         pool (`str`, *optional*): `"first"`, `"mean"` or `"last"`. By default the last real token where the model's own head
             reads that (found by running it: the only token on which the logits have a gradient), and the mean of the real
             tokens otherwise: the first token of an early layer knows little yet. Linear probes after the six layers of MiniLM
@@ -129,7 +175,7 @@ def resolve_exits(
     name = type(model).__name__
     if "_exits" in model.__dict__:
         raise CompressionError(f"This {name} has exits already; detach_exits_(model) takes them off.")
-    chosen = check_after(after)
+    chosen = check_edit(after, criterion, threshold, pool, distil, temperature, weights)
     if config.num_labels < 2 or config.problem_type in ("regression", "multi_label_classification"):
         what = config.problem_type or f"num_labels={config.num_labels}"
         raise CompressionError(f"Exits need one class a row to be sure of; this {name} has {what}. Regression is not offered.")
@@ -153,11 +199,8 @@ def resolve_exits(
             "last layer has the model's own head)."
         )
     if chosen[-1] == depth - 1:
-        chosen.pop()
-        if isinstance(threshold, list | tuple) and len(threshold) == len(chosen) + 1:
-            threshold = list(threshold)[:-1]
+        chosen, threshold, weights = without_last(chosen, depth, threshold, weights)
         logger.warning(f"No exit is added after layer {depth - 1}, the last: the model's own head is there.")
-    criterion = check_criterion(criterion)
     options = {
         "stack": layers[0].path,
         "after": chosen,
@@ -187,9 +230,10 @@ def _run_once(
     given: dict[str, torch.Tensor] = {}
 
     def tap(module: nn.Module, args: Any, outputs: Any) -> Any:
-        hidden = outputs[0] if isinstance(outputs, tuple) else outputs
+        several = isinstance(outputs, tuple | list)
+        hidden = outputs[0] if several else outputs
         given["hidden"] = hidden = hidden.detach().requires_grad_(find_pool)
-        return (hidden, *outputs[1:]) if isinstance(outputs, tuple) else hidden
+        return (hidden, *outputs[1:]) if several else hidden
 
     name = type(model).__name__
     handle = model.get_submodule(layers[-1].name).register_forward_hook(tap)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..edits import CompressionError
+from ..edits import CompressionError, shown
 from .criteria import check_criterion, check_threshold
 from .heads import ExitHead
 from .hooks import Exits, begin, end
@@ -159,6 +159,7 @@ def detach_exits_(model: nn.Module) -> None:
 
     ```
     """
+    model = exiting(model)
     state = _state(model)
     for layer in model.modules():
         if layer.__dict__.get("_exits") is state and type(layer) in PLAIN:
@@ -197,16 +198,31 @@ def _stack(model: nn.Module, options: Mapping[str, Any]) -> nn.ModuleList:
 # --- read and change ---------------------------------------------------------------------------------------------
 
 
-def _state(model: nn.Module) -> Exits:
+def exiting(model: Any) -> Any:
+    """The model that would have the exits: the one inside torch.compile; refused if it is no model."""
+    if not isinstance(model, nn.Module):
+        raise CompressionError(f"Expected a model (a torch.nn.Module) with exits, got {type(model).__name__}.")
+    inner = getattr(model, "_orig_mod", model)
+    return inner if isinstance(inner, nn.Module) else model
+
+
+def _state(model: Any) -> Exits:
+    model = exiting(model)
     state = model.__dict__.get("_exits")
     if state is None:
-        raise CompressionError(f"This {type(model).__name__} has no exits; add some with AddExits or EarlyExitCallback.")
+        inside = next((name for name, module in model.named_modules() if "exit_heads" in module._modules), None)
+        do = f"its part {inside!r} has: pass that" if inside else "add some with AddExits or EarlyExitCallback"
+        raise CompressionError(f"This {type(model).__name__} has no exits; {do}.")
     return state
 
 
 def exit_options(model: nn.Module) -> dict[str, Any] | None:
-    """The options of a model's exits as they are now, JSON-ready (`attach_exits_` takes them); None where it has none."""
-    state = model.__dict__.get("_exits")
+    """The options of a model's exits as they are now, JSON-ready (`attach_exits_` takes them); None where it has none.
+
+    Raises:
+        CompressionError: it is no model.
+    """
+    state = exiting(model).__dict__.get("_exits")
     return None if state is None else copy.deepcopy(state.options)
 
 
@@ -239,17 +255,20 @@ def set_exits_(
     Raises:
         CompressionError: a value means nothing, or the model has no exits.
     """
+    model = exiting(model)
     state = _state(model)
     options = dict(state.options)
     if criterion is not None and criterion != options["criterion"]:
         options["criterion"] = check_criterion(criterion)
         if threshold is None:
-            raise CompressionError(f"A threshold of {state.options['criterion']!r} means nothing to {criterion!r}; give both.")
+            raise CompressionError(
+                f"A threshold of {state.options['criterion']!r} means nothing to criterion={criterion!r}; give both."
+            )
     if threshold is not None:
         sizes = options["num_labels"], len(options["after"])
         options["threshold"] = check_threshold(options["criterion"], threshold, *sizes)
     if enabled is not None and not isinstance(enabled, bool):
-        raise CompressionError(f"enabled is True or False, got {enabled!r}.")
+        raise CompressionError(f"enabled is True or False, got {shown(enabled)}.")
     state.enabled = state.enabled if enabled is None else enabled
     _change(model, state, options)
 

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..edits import CompressionError
+from ..edits import CompressionError, shown
 from ..probe import map_tensors, quiet_run
-from .criteria import CRITERIA
-from .losses import class_labels
-from .runtime import collect_exits, exit_options, set_exits_
+from .criteria import CRITERIA, is_number
+from .losses import IGNORED, class_labels
+from .runtime import collect_exits, exit_options, exiting, set_exits_
 
 POINTS = 100  # thresholds tried: quantiles of what the criterion gives on the data
 
@@ -35,7 +35,7 @@ def tune_exits_(
 
     Args:
         model (`nn.Module`): a model with exits.
-        batches (`Iterable[dict]`): batches as for `model(**batch)`, with `labels`.
+        batches (`Iterable[dict]`): batches as for `model(**batch)`, with `labels`. Rows whose label is -100 are left out.
         mean_depth (`float`, *optional*): layers that a row may run through, in the mean (a row that leaves after layer `i`
             has run `i + 1`).
         max_drop (`float`, *optional*): how much of the metric may be lost, in its units (0.01: one point of accuracy).
@@ -47,8 +47,8 @@ def tune_exits_(
         tried, from cautious to bold.
 
     Raises:
-        CompressionError: neither bound is given or one means nothing, no batch or no labels, or no threshold meets the bounds
-            (the message tells what can be met). Nothing has changed then.
+        CompressionError: neither bound is given or one means nothing, no batch or no labels, a batch or a metric that fails,
+            or no threshold meets the bounds (the message tells what can be met). Nothing has changed then.
 
     Example:
 
@@ -69,17 +69,18 @@ def tune_exits_(
 
     ```
     """
+    model = exiting(model)
     options = exit_options(model)
     if options is None:
         raise CompressionError(f"This {type(model).__name__} has no exits to tune.")
     if mean_depth is None and max_drop is None:
         raise CompressionError("Say what may be lost: mean_depth=... (layers a row), max_drop=... (of the metric), or both.")
     for name, value, least in (("mean_depth", mean_depth, 1), ("max_drop", max_drop, 0)):
-        number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-        if value is not None and (not number or value < least):
-            raise CompressionError(f"{name} is a number from {least}, got {value!r}.")
+        if value is not None and (not is_number(value) or value < least):
+            raise CompressionError(f"{name} is a number from {least}, got {shown(value)}.")
+    if metric is not None and not callable(metric):
+        raise CompressionError(f"metric is a function of (logits, labels) that gives a number, got {shown(metric)}.")
     logits, labels = collect_logits(model, batches)
-    measure = accuracy if metric is None else metric
     depths = torch.tensor([i + 1 for i in options["after"]] + [model.__dict__["_exits"].depth])
     scores = exit_scores(logits, options["criterion"])
     table = []
@@ -90,10 +91,10 @@ def tune_exits_(
             {
                 "threshold": threshold,
                 "mean_depth": depths[taken].double().mean().item(),
-                "metric": float(measure(chosen, labels)),
+                "metric": _measure(metric, chosen, labels),
             }
         )
-    full = float(measure(logits[-1], labels))
+    full = _measure(metric, logits[-1], labels)
     fits = [
         row
         for row in table
@@ -119,23 +120,58 @@ def accuracy(logits: torch.Tensor, labels: torch.Tensor) -> float:
     return (logits.argmax(-1) == labels).double().mean().item()
 
 
+def _measure(metric: Callable[..., float] | None, logits: torch.Tensor, labels: torch.Tensor) -> float:
+    if metric is None:
+        return accuracy(logits, labels)
+    try:
+        found = float(metric(logits, labels))
+    except Exception as error:  # whatever somebody's function does
+        raise CompressionError(
+            f"metric(logits {tuple(logits.shape)}, labels {tuple(labels.shape)}) gives no number: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    if not math.isfinite(found):
+        raise CompressionError(f"metric gives {found} on these rows; thresholds are compared by finite numbers.")
+    return found
+
+
 def collect_logits(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits of every exit and of the final layer (exits + 1, rows, C), and labels (rows,), on the CPU."""
+    """Logits of every exit and of the final layer (exits + 1, rows, C), and labels (rows,), of labelled rows, on the CPU."""
     if isinstance(batches, Mapping):
         raise CompressionError("batches is an iterable of batches; put a single one into a list.")
+    if isinstance(batches, str | bytes | torch.Tensor) or not isinstance(batches, Iterable):
+        raise CompressionError(f"batches must be a sequence of dicts, as for model(**batch), got {shown(batches)}.")
     device = next(model.parameters()).device
     labels = []
     with collect_exits(model) as found, quiet_run(model, exits=True) as run:
         for batch in batches:
             given = batch.get("labels") if isinstance(batch, Mapping) else None
             if given is None:
-                raise CompressionError("Each batch is a dict as for model(**batch), with 'labels'.")
-            labels.append(class_labels(given, given.numel() if isinstance(given, torch.Tensor) else 0).cpu())
-            run(map_tensors({k: v for k, v in batch.items() if k != "labels"}, lambda t: t.to(device)))
+                raise CompressionError(
+                    f"Each batch of batches is a dict as for model(**batch), with 'labels', got {shown(batch)}."
+                )
+            try:
+                run(map_tensors({k: v for k, v in batch.items() if k != "labels"}, lambda t: t.to(device)))
+            except Exception as error:  # a model may refuse a batch in any way
+                raise CompressionError(
+                    f"{type(model).__name__} does not run on one of batches ({', '.join(map(str, batch))}): "
+                    f"{type(error).__name__}: {error}"
+                ) from error
             found[-1] = found[-1].float().cpu()
-        if not found:
-            raise CompressionError("No batch to tune on; an iterator can be used up only once.")
-        return torch.cat(found, 1), torch.cat(labels)
+            labels.append(class_labels(given, found[-1].shape[1]).cpu().long())
+    if not found:
+        raise CompressionError("No batch to tune on; an iterator can be used up only once.")
+    logits, every = torch.cat(found, 1), torch.cat(labels)
+    wrong = every[(every != IGNORED) & ((every < 0) | (every >= logits.shape[-1]))]
+    if len(wrong):
+        raise CompressionError(
+            f"labels are classes from 0 to {logits.shape[-1] - 1}, or {IGNORED} for rows that are left out, got "
+            f"{wrong[0].item()}."
+        )
+    labelled = every != IGNORED
+    if not bool(labelled.any()):
+        raise CompressionError(f"No row of batches has a label: all labels are {IGNORED}.")
+    return logits[:, labelled], every[labelled]
 
 
 def exit_scores(logits: torch.Tensor, criterion: str) -> torch.Tensor:

@@ -97,6 +97,8 @@ def plan_pruning(
         raise CompressionError(f"loss_fn must be a function of (outputs, batch), got {loss_fn!r}.")
     if batches is not None and (isinstance(batches, str | Mapping | torch.Tensor) or not isinstance(batches, Iterable)):
         raise CompressionError(f"batches must be a sequence of dicts, as for model(**batch), got {type(batches).__name__}.")
+    if not isinstance(model, nn.Module):
+        raise CompressionError(f"model must be a model (a torch.nn.Module), got {type(model).__name__}.")
     model = getattr(model, "_orig_mod", model)  # torch.compile
     check_foreign(model)
     structure = discover(model)
@@ -220,6 +222,8 @@ def _frozen(model: nn.Module, outs: Iterable[str], gate: Callable[[str, torch.Te
     training = [m for m in model.modules() if m.training]
     trainable = [p for p in model.parameters() if p.requires_grad]
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
+    config = getattr(model, "config", None)
+    kind = getattr(config, "problem_type", None)  # a forward with labels writes its guess here
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices))
         for out in outs:
@@ -235,6 +239,8 @@ def _frozen(model: nn.Module, outs: Iterable[str], gate: Callable[[str, torch.Te
                 parameter.requires_grad_(True)
             for module in training:
                 module.training = True
+            if hasattr(config, "problem_type"):
+                config.problem_type = kind
 
 
 def _forward(model: nn.Module, batch: Mapping[str, Any]) -> Any:
