@@ -7,7 +7,7 @@ WORKERS ?= 2
 
 $(VENV)/.installed: setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install -c constraints.txt -e '.[dev,benchmark,qlora]'
+	$(VENV)/bin/python -m pip install -c constraints.txt -e '.[dev,benchmark,qlora,trainers]'
 	touch $@
 
 demo: $(VENV)/.installed  ## compress a real model on real data; ARGS="--model ... --dataset ..." takes any from the Hub

@@ -1,6 +1,7 @@
 """Make any Hub model smaller and faster, in the Trainer you already have, and give it back to the Hub."""
 
 from . import loader as _loader  # noqa: F401  registers the loader with transformers
+from .card import render_card
 from .discover import Structure, discover
 from .distillation import (
     DistillationArguments,
@@ -13,14 +14,19 @@ from .edits import AddExits, CompressionError, DepthwiseSeparable, KeepHeads, Ke
 from .exits import detach_exits_, exit_layers, exit_options, set_exits_
 from .exits.callback import EarlyExitCallback
 from .exits.tune import tune_exits_
+from .hub import push_to_hub
 from .inner import with_quantizer
 from .masking import Mask
-from .measure import Report, measure
+from .measure import measure
 from .plan import Plan
 from .planners import plan_depthwise, plan_low_rank, plan_quantization
 from .pruning import plan_pruning
 from .pruning.callback import PruningCallback
+from .publish import PushError
 from .quantization.callback import QuantizationCallback
+from .quantization.to_float import dequantize_
+from .recipe import RecipeError, run_recipe
+from .report import Report
 from .surgery import apply_, mask_
 from .trainer import CompressionTrainer
 
@@ -40,12 +46,15 @@ __all__ = [
     "Mask",
     "Plan",
     "PruningCallback",
+    "PushError",
     "QuantizationCallback",
     "Quantize",
+    "RecipeError",
     "Report",
     "Seq2SeqDistillationArguments",
     "Structure",
     "apply_",
+    "dequantize_",
     "detach_exits_",
     "discover",
     "exit_layers",
@@ -57,6 +66,9 @@ __all__ = [
     "plan_low_rank",
     "plan_pruning",
     "plan_quantization",
+    "push_to_hub",
+    "render_card",
+    "run_recipe",
     "set_exits_",
     "tune_exits_",
     "with_quantizer",

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel, Trainer
 
 from .edits import CompressionError
@@ -43,6 +44,23 @@ def refuse_sharded(trainer: Trainer | None, model: nn.Module, who: str) -> None:
             f"{who} does not work with weights that are sharded over processes (FSDP, DeepSpeed, tensor parallel): heads and "
             "neurons are scored and gated on whole weights. Use DistributedDataParallel (torchrun without fsdp), or prune "
             "first with plan_pruning and apply_, then train sharded."
+        )
+
+
+def refuse_drifting(trainer: Trainer | None, who: str) -> None:
+    """Refuse several processes whose gradients nobody averages: each would end with a plan and weights of its own.
+
+    transformers 5.23 with accelerate 1.15 leaves the DistributedDataParallel wrapper off where the same model was evaluated
+    before it is trained (`prepare_model(evaluation_mode=True)` marks it as prepared).
+    """
+    if trainer is None or trainer.args.world_size < 2 or isinstance(trainer.model_wrapped, DistributedDataParallel):
+        return
+    marked = vars(trainer.model).get("_is_accelerate_prepared", False)
+    if marked and not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+        raise CompressionError(
+            f"{who} runs in {trainer.args.world_size} processes whose gradients are not averaged: this model was evaluated "
+            "before its training, and transformers then leaves out DistributedDataParallel. Evaluate after training, evaluate "
+            "another copy of the model, or `del model._is_accelerate_prepared` before train()."
         )
 
 

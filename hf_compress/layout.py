@@ -12,6 +12,7 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 
 from .edits import CompressionError, from_spans, spans_of
@@ -283,6 +284,15 @@ def check(layout: Any) -> Layout:
     return layout
 
 
+def _is_base_of_checkpoint(model: Any, layout: Layout) -> bool:
+    """Whether a model is the base of the one that was saved, and nothing but what lies outside of it (a head) was changed."""
+    prefix = getattr(model, "base_model_prefix", "")
+    names = getattr(getattr(model, "config", None), "architectures", None) or [""]
+    saved = getattr(transformers, names[0], None)
+    is_base = getattr(model, "base_model", None) is model and prefix and getattr(saved, "base_model_prefix", None) == prefix
+    return bool(is_base) and not any(name.startswith(f"{prefix}.") for name in layout["modules"])
+
+
 def replay_(model: nn.Module, layout: Layout) -> None:
     """Give a model (on any device, `meta` too) the shapes and attributes of a layout. Weights are not filled.
 
@@ -293,7 +303,7 @@ def replay_(model: nn.Module, layout: Layout) -> None:
     if layers:
         _pick_layers(model, layers, layout.get("numbers", {}))
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
-    find = _finder(model)
+    find = finder(model)
     exits = layout.get("exits")
     if exits:
         modules = dict(model.named_modules())
@@ -304,10 +314,11 @@ def replay_(model: nn.Module, layout: Layout) -> None:
                 f"The checkpoint has exits in {exits['stack']!r}, which {type(model).__name__} does not have: another model."
             )
     found = {name: find(name) for name in layout["modules"]}
-    if found and not any(found.values()):
+    if found and not any(found.values()) and not _is_base_of_checkpoint(model, layout):
+        whole = ", ".join(getattr(getattr(model, "config", None), "architectures", None) or ["the class that saved it"])
         raise CompressionError(
             f"None of the modules that this checkpoint cuts ({next(iter(found))}, ...) is in {type(model).__name__}: the "
-            "plan is for another architecture."
+            f"plan is for another architecture. Load it with {whole}."
         )
     # the default-device mode that from_pretrained is in costs more per tensor than the tensors; we name every device
     with torch._C.DisableTorchFunction():
@@ -357,7 +368,7 @@ def finish_replayed(model: nn.Module, layout: Layout) -> None:
                 module.settle_()  # type: ignore[operator]
     if not locked and not layout.get("gates"):
         return
-    find = _finder(model)
+    find = finder(model)
     for name in locked:
         module = find(name)
         if isinstance(module, nn.Linear) and module.weight.ndim == 3:
@@ -383,7 +394,7 @@ def gates_of(model: nn.Module) -> dict[str, str]:
     return found
 
 
-def _finder(model: nn.Module | None) -> Callable[[str], nn.Module | None]:
+def finder(model: nn.Module | None) -> Callable[[str], nn.Module | None]:
     """Finds modules by name, with or without the prefix of the base model: `AutoModel` loads task checkpoints, and back."""
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
     modules = {} if model is None else dict(model.named_modules())
@@ -396,7 +407,7 @@ def _finder(model: nn.Module | None) -> Callable[[str], nn.Module | None]:
 
 def _pick_layers(model: nn.Module, layers: Mapping[str, Any], numbers: Mapping[str, Any]) -> None:
     """Build all layers that the base model has and take those that stayed: layers are not all alike."""
-    find, find_in_base = _finder(model), _finder(skeleton(model, numbers))
+    find, find_in_base = finder(model), finder(skeleton(model, numbers))
     for path, kept in layers.items():
         ours: Any = find(path)
         theirs: Any = find_in_base(path)

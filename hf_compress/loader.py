@@ -9,11 +9,16 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import inspect
 import json
 import struct
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import nn
+from transformers import PreTrainedModel
 from transformers.quantizers import auto
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
@@ -21,8 +26,9 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .edits import CompressionError
 from .inner import around, check_inner
-from .layout import check, finish_replayed, replay_
+from .layout import check, finder, finish_replayed, replay_
 from .plan import Plan
+from .quantization import is_quantized
 
 METHOD = "hf_compress"
 FORMAT = 1
@@ -159,6 +165,26 @@ class HfCompressQuantizer(HfQuantizer):
     def is_trainable(self) -> bool:
         return True
 
+    @property
+    def is_qat_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[Any, dict[str, Any]]:
+        """The `state_dict=` that `save_pretrained` was called with: of a model with a quantizer, it takes what this gives."""
+        frame = inspect.currentframe()
+        caller = None if frame is None else frame.f_back
+        return (None if caller is None else caller.f_locals.get("state_dict")), {}
+
+    def dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        """What `model.dequantize()` calls."""
+        from .quantization.to_float import dequantize_  # needs what this module holds
+
+        return dequantize_(model, dtype)
+
     def _convert_model_for_quantization(self, model: Any) -> None:
         pass  # swaps experts for other methods' kernels
 
@@ -173,15 +199,93 @@ class HfCompressQuantizer(HfQuantizer):
             raise CompressionError("HfCompressConfig is a record, not an order: cut a loaded model with apply_(model, plan).")
         _check_files(checkpoint_files)
         replay_(model, self.quantization_config.layout)
+        for module in model.modules():
+            if is_quantized(module):
+                module._is_hf_initialized = True  # nothing can be drawn for integers; `_check_filled` tells what is missing
+        self.shapes = {name: p.shape for name, p in model.named_parameters(remove_duplicate=False)}
 
     def postprocess_model(self, model: Any, **kwargs: Any) -> Any:
         """Leave an ordinary model behind: half(), Trainer and save_pretrained treat quantized ones differently."""
         model.config.quantization_config = self.quantization_config
+        _check_filled(model, self.quantization_config.layout, self.shapes)
         finish_replayed(model, self.quantization_config.layout)
         model.is_quantized = False
         for name in ("hf_quantizer", "quantization_method"):
             model.__dict__.pop(name, None)
+        host_quantized_(model)
         return model
+
+
+def host_quantized_(model: Any) -> None:
+    """Let a transformers model with quantized modules answer `dequantize()` and refuse to resize them; another, neither."""
+    modules = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+    if any(is_quantized(module) for module in model.modules()):
+        if not isinstance(vars(model).get("hf_quantizer"), HfCompressQuantizer):
+            model.hf_quantizer = HfCompressQuantizer(HfCompressConfig())  # the record is in the model's config
+    elif isinstance(vars(model).get("hf_quantizer"), HfCompressQuantizer):
+        del model.hf_quantizer
+    for module in modules:
+        if any(is_quantized(rows) for rows in _token_rows(module)):
+            vars(module)["_get_resized_embeddings"] = _refuse_to_resize
+        elif vars(module).get("_get_resized_embeddings") is _refuse_to_resize:
+            del vars(module)["_get_resized_embeddings"]
+
+
+def _token_rows(model: PreTrainedModel) -> list[Any]:
+    found = []
+    for get in (model.get_input_embeddings, model.get_output_embeddings):
+        try:
+            found.append(get())
+        except (NotImplementedError, AttributeError):  # models of several parts, or without words
+            continue
+    return [module for module in found if isinstance(module, nn.Module)]
+
+
+def _refuse_to_resize(
+    old_embeddings: Any, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, *_: Any, **__: Any
+) -> Any:
+    """In the place of the method that `resize_token_embeddings` begins with (a function, so that models can be pickled)."""
+    rows = old_embeddings.weight.shape[0]
+    wanted = rows if new_num_tokens is None else new_num_tokens
+    if pad_to_multiple_of is not None:
+        wanted = -(-wanted // pad_to_multiple_of) * pad_to_multiple_of
+    if wanted != rows:
+        raise CompressionError(
+            f"The embeddings (or the output head) are quantized and cannot be resized from {rows} to {wanted} rows; nothing "
+            "was changed. Resize before quantizing; or model.dequantize(), resize, train the new rows, and quantize again."
+        )
+    return old_embeddings
+
+
+def _check_filled(model: Any, layout: Any, shapes: Mapping[str, torch.Size]) -> None:
+    """Refuse a checkpoint without weights that the record says were compressed: transformers would draw them, or leave them."""
+    find = finder(model)
+    changed = {id(find(n)) for n, entry in layout["modules"].items() if entry.keys() & {"shapes", "kinds", "lock"}}
+    missing, other = [], []
+    for name, module in model.named_modules():
+        exits = f".{name}.".startswith(".exit_heads.") and "exits" in layout
+        for key, parameter in module._parameters.items():
+            if parameter is None or parameter.is_meta:  # offloaded to disk
+                continue
+            full, filled = f"{name}.{key}".lstrip("."), getattr(parameter, "_is_hf_initialized", False)
+            if not filled and (id(module) in changed or is_quantized(module) or exits):
+                missing.append(full)
+            elif full in shapes and parameter.shape not in (shapes[full], shapes[full][1:]):  # transformers 5.20 takes any
+                other.append(f"{full} {tuple(parameter.shape)}, not {tuple(shapes[full])}")
+    for names, what, hint in (
+        (missing, "lacks weights that were compressed, which nothing can make up", "It was damaged"),
+        (
+            other,
+            "holds weights of other shapes",
+            "This transformers cannot ignore that in a compressed checkpoint: it was damaged",
+        ),
+    ):
+        if names:
+            shown = ", ".join(names[:6]) + f" and {len(names) - 6} more" * (len(names) > 6)
+            raise CompressionError(
+                f"The checkpoint {what}: {shown}. {hint}, or saved from another model than {type(model).__name__}; download or "
+                "save it again."
+            )
 
 
 def _check_files(files: Any) -> None:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import platform
 import random
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,94 +20,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 from transformers.pytorch_utils import Conv1D
 
+from .about import check_about, is_repo_id, seen
 from .discover import discover
 from .edits import CompressionError
 from .probe import quiet_run
 from .quantization import is_quantized
 from .quantization.kernels import has_integer_kernels
+from .report import Cost, Latency, Report, Timing
 
 Metrics = Mapping[str, float] | Callable[[nn.Module], Mapping[str, float]] | None
-
-
-@dataclass(frozen=True)
-class Latency:
-    """Seconds per forward pass."""
-
-    median: float
-    low: float  # first quartile
-    high: float  # third quartile
-    repeats: int
-
-    def __str__(self) -> str:
-        return f"{self.median * 1e3:.2f} ms [{self.low * 1e3:.2f}-{self.high * 1e3:.2f}]"
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What one model costs on one batch."""
-
-    parameters: int
-    parameters_encoder: int
-    bytes: int
-    macs: int
-    latency: Latency
-    metrics: dict[str, float] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Report:
-    """What `measure` found. Prints as a table.
-
-    Attributes:
-        model (`Cost`): of the model.
-        against (`Cost`, *optional*): of the baseline, timed in turn with it.
-        speedup (`float`, *optional*): median over pairs of runs of (baseline time / model time).
-        speedup_interval (`tuple[float, float]`, *optional*): its 95% bootstrap interval.
-        speedup_allowed (`float`, *optional*): what Amdahl's law allows: see `measure`.
-        conditions (`dict`): hardware, threads, dtype, shapes and versions.
-    """
-
-    model: Cost
-    against: Cost | None
-    speedup: float | None
-    speedup_interval: tuple[float, float] | None
-    speedup_allowed: float | None
-    conditions: dict[str, Any]
-
-    def to_dict(self) -> dict[str, Any]:
-        """A JSON-ready dict."""
-        return json.loads(json.dumps(asdict(self)))
-
-    def __str__(self) -> str:
-        a, b = self.model, self.against
-        rows: list[tuple[str, str, str, str]] = [("", "model", "against" if b else "", "ratio" if b else "")]
-
-        def add(name: str, one: float, other: float | None, show: Callable[[float], str]) -> None:
-            ratio = f"{one / other:.3f}" if other else ""
-            rows.append((name, show(one), show(other) if other is not None else "", ratio))
-
-        add("parameters", a.parameters, b and b.parameters, lambda v: f"{v:,.0f}")
-        add("  encoder only", a.parameters_encoder, b and b.parameters_encoder, lambda v: f"{v:,.0f}")
-        add("bytes on disk", a.bytes, b and b.bytes, lambda v: f"{v:,.0f}")
-        add("MACs", a.macs, b and b.macs, lambda v: f"{v:,.0f}")
-        rows.append(("latency", str(a.latency), str(b.latency) if b else "", ""))
-        for name, value in a.metrics.items():
-            add(name, value, b.metrics.get(name) if b else None, lambda v: f"{v:.4f}")
-        widths = [max(len(row[i]) for row in rows) for i in range(4)]
-        lines = [
-            (f"{r[0]:<{widths[0]}}  " + "  ".join(f"{c:>{w}}" for c, w in zip(r[1:], widths[1:], strict=True))).rstrip()
-            for r in rows
-        ]
-        if self.speedup is not None and self.speedup_interval is not None:
-            low, high = self.speedup_interval
-            lines.append(
-                f"speed-up {self.speedup:.2f}x (95% interval {low:.2f}-{high:.2f}); "
-                f"Amdahl's law allows {self.speedup_allowed:.2f}x"
-            )
-        shown = {k: v for k, v in self.conditions.items() if k not in ("shapes", "platform")}
-        shapes = ", ".join(f"{k} {'x'.join(map(str, v))}" for k, v in self.conditions["shapes"].items())
-        lines.append("; ".join([*(f"{k} {v}" for k, v in shown.items()), shapes]))
-        return "\n".join(lines)
 
 
 def measure(
@@ -120,6 +40,8 @@ def measure(
     metrics_against: Metrics = None,
     repeats: int = 20,
     warmup: int = 3,
+    batch_sizes: Iterable[int] | None = None,
+    about: Mapping[str, Any] | None = None,
 ) -> Report:
     """What a model costs on one batch, beside a baseline that is timed in turn with it.
 
@@ -143,12 +65,18 @@ def measure(
         metrics_against (`dict`, *optional*): those of the baseline, where `metrics` is a dict.
         repeats (`int`, defaults to 20): timed passes of each model.
         warmup (`int`, defaults to 3): passes before them.
+        batch_sizes (`Sequence[int]`, *optional*): also timed with so many rows, such as `(1, 32)`: those of `inputs`,
+            repeated or cut, in every tensor whose first size is the batch's; `report.timings`.
+        about (`dict`, *optional*): what the numbers are about, for the card: see `Report.about`. What can be seen is filled
+            in: the base model and its revision where it came from the Hub, the task, the tier, the versions, and the
+            sizes of blocks.
 
     Returns:
-        `Report`: `print` it, or `.to_dict()`.
+        `Report`: `print` it, `.save(folder)` it, or `.to_dict()`.
 
     Raises:
-        CompressionError: inputs that are no batch, or a count below one.
+        CompressionError: inputs that are no batch, a count below one, or batch sizes where no tensor tells which dimension
+            is the batch.
 
     Example:
 
@@ -177,20 +105,90 @@ def measure(
             raise CompressionError(f"{name} must be a dict of numbers or a function that gives one, got {value!r}.")
     if type(repeats) is not int or type(warmup) is not int or repeats < 1 or warmup < 0:
         raise CompressionError(f"repeats must be a whole number >= 1 and warmup >= 0, got {repeats!r} and {warmup!r}.")
+    about = _told(check_about(about))
+    batches = _batches(model, inputs, batch_sizes)
     models = [model] if against is None else [model, against]
     with ExitStack() as stack:
-        runs = [_runner(stack.enter_context(quiet_run(m, exits=True)), m, inputs) for m in models]
+        quiet = [stack.enter_context(quiet_run(m, exits=True)) for m in models]
+        runs = [_runner(run, m, inputs) for run, m in zip(quiet, models, strict=True)]
+        others = {size: [_runner(r, m, b) for r, m in zip(quiet, models, strict=True)] for size, b in batches.items()}
         times = _take_turns(runs, repeats, warmup)
         costs = [_cost(m, run, t) for m, run, t in zip(models, runs, times, strict=True)]
-        speedup = interval = allowed = None
-        if against is not None:
-            allowed = _allowed(model, against, runs[0], runs[1])
-            ratios = [b / a for a, b in zip(*times, strict=True)]
-            speedup, interval = statistics.median(ratios), _bootstrap(ratios)
+        speedup, interval = _speedup(times)
+        timings = [
+            _timing(batches[size], model, times if batches[size] is inputs else _take_turns(others[size], repeats, warmup))
+            for size in batches
+        ]
+        allowed = None if against is None else _allowed(model, against, runs[0], runs[1])
     found = [_metrics(metrics, model), _metrics(metrics_against or (metrics if callable(metrics) else None), against)]
-    costs = [Cost(**{**vars(cost), "metrics": values}) for cost, values in zip(costs, found, strict=False)]
+    costs = [replace(cost, metrics=values) for cost, values in zip(costs, found, strict=False)]
     baseline = costs[1] if against is not None else None
-    return Report(costs[0], baseline, speedup, interval, allowed, _conditions(model, inputs))
+    conditions = _conditions(model, inputs)
+    facts = seen(model, against)
+    if "base_model" in about:  # a revision belongs to its own model
+        facts.pop("base_revision", None)
+    versions = {**facts["versions"], **about.get("versions", {})}
+    about = {**facts, **about, "versions": versions}
+    return Report(costs[0], baseline, speedup, interval, allowed, conditions, tuple(timings), about)
+
+
+def _told(about: dict[str, Any]) -> dict[str, Any]:
+    """What the caller says; a folder as base model is written so that it does not read like an id on the Hub."""
+    base = about.get("base_model", "")
+    return {**about, "base_model": f"./{base}"} if is_repo_id(base) and os.path.isdir(base) else about
+
+
+def _batches(model: nn.Module, inputs: Mapping[str, Any], sizes: Any) -> dict[int, Mapping[str, Any]]:
+    """The inputs with so many rows, by their number; where they have so many, the inputs themselves."""
+    if sizes is None:
+        return {}
+    if isinstance(sizes, str | bytes | Mapping) or not isinstance(sizes, Iterable):
+        raise CompressionError(f"batch_sizes must be a sequence of whole numbers >= 1, such as (1, 32), got {sizes!r}.")
+    sizes = list(sizes)
+    if not all(type(size) is int and size >= 1 for size in sizes):
+        raise CompressionError(f"batch_sizes must hold whole numbers >= 1, got {sizes!r}.")
+    tensors = {key: value for key, value in inputs.items() if isinstance(value, torch.Tensor) and value.ndim}
+    main = _main_input(model, tensors)
+    first = {value.shape[0] for value in tensors.values()}
+    if main is None and len(first) != 1 or 0 in first:
+        shapes = ", ".join(f"{key} {tuple(value.shape)}" for key, value in tensors.items()) or ", ".join(map(str, inputs))
+        raise CompressionError(
+            f"batch_sizes: cannot tell which dimension of the inputs is the batch ({shapes}). Give inputs whose tensors have "
+            "their rows in the first dimension, or call measure once for each batch."
+        )
+    rows = next(iter(first)) if main is None else tensors[main].shape[0]
+    repeated = {key for key, value in tensors.items() if value.shape[0] == rows}
+
+    def with_rows(size: int) -> Mapping[str, Any]:
+        index = torch.arange(size) % rows
+        return {k: v.index_select(0, index.to(v.device)) if k in repeated else v for k, v in inputs.items()}
+
+    return {size: inputs if size == rows else with_rows(size) for size in sizes}
+
+
+def _main_input(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> str | None:
+    name = getattr(model, "main_input_name", None)
+    return name if name in tensors else None
+
+
+def _timing(inputs: Mapping[str, Any], model: nn.Module, times: list[list[float]]) -> Timing:
+    tensors = {key: value for key, value in inputs.items() if isinstance(value, torch.Tensor) and value.ndim}
+    main = tensors[_main_input(model, tensors) or next(iter(tensors))]
+    found = [_latency(t) for t in times]
+    length = main.shape[1] if main.ndim == 2 else None
+    return Timing(main.shape[0], length, found[0], found[1] if len(found) > 1 else None, *_speedup(times))
+
+
+def _speedup(times: list[list[float]]) -> tuple[float | None, tuple[float, float] | None]:
+    if len(times) < 2:
+        return None, None
+    ratios = [b / a for a, b in zip(*times, strict=True)]
+    return statistics.median(ratios), _bootstrap(ratios)
+
+
+def _latency(times: list[float]) -> Latency:
+    quartiles = statistics.quantiles(times, n=4, method="inclusive") if len(times) > 1 else [times[0]] * 3
+    return Latency(statistics.median(times), quartiles[0], quartiles[2], len(times))
 
 
 def _runner(run: Callable[..., Any], model: nn.Module, inputs: Mapping[str, Any]) -> Callable[[], Any]:
@@ -198,28 +196,32 @@ def _runner(run: Callable[..., Any], model: nn.Module, inputs: Mapping[str, Any]
         run(inputs)
     except Exception as error:  # a model may refuse a batch in any way
         raise CompressionError(
-            f"{type(model).__name__} does not run on inputs ({', '.join(map(str, inputs))}): {type(error).__name__}: {error}"
+            f"{type(model).__name__} does not run on inputs ({_shapes(inputs)}): {type(error).__name__}: {error}"
         ) from error
     return lambda: run(inputs)
 
 
+def _shapes(inputs: Mapping[str, Any]) -> str:
+    shapes = {k: "x".join(map(str, v.shape)) for k, v in inputs.items() if isinstance(v, torch.Tensor)}
+    return ", ".join(f"{key} {shapes[key]}" if key in shapes else str(key) for key in inputs)
+
+
 def _cost(model: nn.Module, run: Callable[[], Any], times: list[float]) -> Cost:
-    unique = {id(p): n for module in model.modules() for p, n in _numbers(module)}
+    unique = {id(p): n for module in model.modules() for p, n in numbers_of(module)}
     embedded = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
     stored: dict[tuple[int, int], int] = {}
     for tensor in model.state_dict().values():
         stored[(tensor.untyped_storage().data_ptr(), tensor.storage_offset())] = tensor.numel() * tensor.element_size()
-    quartiles = statistics.quantiles(times, n=4) if len(times) > 1 else [times[0]] * 3
     return Cost(
         parameters=sum(unique.values()),
         parameters_encoder=sum(n for i, n in unique.items() if i not in embedded),
         bytes=sum(stored.values()),
         macs=_macs(model, run),
-        latency=Latency(statistics.median(times), quartiles[0], quartiles[2], len(times)),
+        latency=_latency(times),
     )
 
 
-def _numbers(module: nn.Module) -> list[tuple[nn.Parameter, int]]:
+def numbers_of(module: nn.Module) -> list[tuple[nn.Parameter, int]]:
     """A module's own parameters, with how many numbers of the model each holds: packed ones hold several a byte."""
     if not is_quantized(module):
         return [(p, p.numel()) for p in module.parameters(recurse=False)]
@@ -242,6 +244,10 @@ def _macs(model: nn.Module, run: Callable[[], Any]) -> int:
         for module in model.modules():
             if _multiplies_integers(module):  # a kernel that the counter does not know
                 stack.callback(module.register_forward_hook(count).remove)
+        for parameter in model.parameters():
+            if parameter.requires_grad:  # the counter hooks into the gradient of what a module is given, here of none
+                stack.callback(parameter.requires_grad_, True)
+                parameter.requires_grad_(False)
         stack.enter_context(counter)
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))  # the fused CPU kernels are not known to it either
         run()

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -16,10 +15,11 @@ from transformers.utils import logging
 from .discover import discover
 from .edits import CompressionError, DepthwiseSeparable, LowRank, Quantize
 from .fits import best_rank
+from .grams import checked_batches, grams_of
 from .kinds import SEPARABLE, largest_rank, not_separable
 from .modules import LockedLinear, LowRankLinear, dense_weight, is_gated, width
 from .plan import Plan
-from .probe import NoInputs, probing, quiet_run, use_of_weights
+from .probe import NoInputs, probing, use_of_weights
 from .quantization import is_quantized
 from .refusals import check_foreign
 from .substitute import sharers
@@ -32,7 +32,6 @@ HEADS = (
     r"(^|\.)(classifier|classification_head|pre_classifier|score|lm_head|embed_out|qa_outputs|cls|head|heads|\w+_head|\w+_projector"
     r"|exit_heads)(\.|$)"
 )
-GRAM_BYTES = 2 << 30  # Gram matrices that are held at a time; more modules take more passes over the batches
 
 
 def plan_low_rank(
@@ -100,7 +99,9 @@ def plan_low_rank(
     }
     if not found:
         raise CompressionError(_nothing(model, modules, "Linear or Conv1D that could be made low-rank"))
-    found = _in_use(model, found)
+    if batches is not None:
+        batches = checked_batches(batches)
+    found = _in_use(model, found, batches[0] if batches else None)
     edits = []
     for name, module in found.items():
         out, inner = width(module, 0), width(module, 1)
@@ -117,7 +118,7 @@ def plan_low_rank(
     if batches is None:
         return Plan(edits)
     tensors: dict[str, torch.Tensor] = {}
-    grams = _grams(model, found, edits, batches)
+    grams = grams_of(model, found, edits, batches)
     for edit, gram in tqdm(grams, desc="factorise", total=len(edits), leave=False, disable=None, delay=3):
         outer, inner = best_rank(dense_weight(found[edit.module]).detach(), edit.rank, gram)
         tensors[f"{edit.module}.weight"], tensors[f"{edit.module}.weight_in"] = outer.cpu(), inner.cpu()
@@ -189,6 +190,7 @@ def plan_quantization(
     bits: int,
     embeddings: bool = True,
     skip: str | None = HEADS,
+    modules: str | None = None,
     group_size: int | None = None,
     activations: str | None = None,
     decode: str = "load",
@@ -207,6 +209,8 @@ def plan_quantization(
         skip (`str`, *optional*): a regular expression that is searched in module names: what stays in full precision. By
             default the output heads, where rounding costs most: what lies outside the base model, the output embeddings,
             and the names in `planners.HEADS`. `None` skips nothing.
+        modules (`str`, *optional*): a regular expression that is searched in module names: only these, less those in `skip`
+            and, with `embeddings=False`, embeddings.
         group_size (`int`, *optional*): weights that share a scale below 8 bits; 64 if left out.
         activations (`str`, *optional*): with 8 bits `"token"` (if left out), `"tensor"` or `"none"`.
         decode (`str`, defaults to `"load"`): below 8 bits, unpack the weights once (`"load"`) or at every use (`"call"`).
@@ -216,7 +220,8 @@ def plan_quantization(
         `Plan`: one `Quantize` per module.
 
     Raises:
-        CompressionError: bits that are not offered, a model that is quantized already, nothing that matches.
+        CompressionError: options that mean nothing, a model that is quantized already, nothing that matches, or nothing of it
+            that can be quantized (with the reason).
 
     Example:
 
@@ -232,32 +237,63 @@ def plan_quantization(
 
     ```
     """
+    check_choice(embeddings, skip, modules, inputs)
     Quantize("any", bits, group_size, activations, decode)  # refuses now what each edit would
-    if not isinstance(embeddings, bool):
-        raise CompressionError(f"embeddings must be True or False, got {embeddings!r}.")
     model = _loaded(model)
     _refuse_quantized(model)
     kinds = (nn.Linear, Conv1D, LockedLinear, LowRankLinear, *((nn.Embedding,) if embeddings else ()))
-    pattern = None if skip is None else _pattern(skip, "skip")
     candidates: dict[str, Any] = {name: m for name, m in model.named_modules() if type(m) in kinds}
+    if modules is not None:
+        candidates = {name: module for name, module in candidates.items() if re.search(modules, name)}
+    what = "Linear or Embedding" if embeddings else "Linear"
+    if not candidates:
+        raise CompressionError(_nothing(model, modules, what))
     with probing(model, inputs) as run:
         ran, read = use_of_weights(candidates, run)
     used = {id(module.weight) for name, module in candidates.items() if name in ran}
     held = {id(module.weight) for name, module in candidates.items() if name in read}
     heads = _heads(model) if skip == HEADS else ()
     edits, seen = [], set()
+    reasons: dict[str, str] = {}  # why a candidate stays as it is
     for name, module in candidates.items():
-        fit = id(module.weight) in used and id(module.weight) not in held and not is_gated(module)
-        skipped = (pattern and pattern.search(name)) or f"{name}.".startswith(heads)
-        if fit and not skipped and id(module.weight) not in seen:
+        if (skip is not None and re.search(skip, name)) or f"{name}.".startswith(heads):
+            reasons[name] = (
+                "output heads are left in full precision; pass skip=None"
+                if skip == HEADS
+                else f"it is not outside skip={skip!r}; leave skip= out, or pass None"
+            )
+        elif id(module.weight) in held:
+            reasons[name] = "something else than its own forward reads its weight"
+        elif id(module.weight) not in used:
+            reasons[name] = "it does not run on the inputs that were made for it; pass inputs="
+        elif is_gated(module):
+            reasons[name] = "it is masked; cut it first"
+        elif not {type(m) for _, m in sharers(model, module)} <= {nn.Linear, nn.Embedding}:
+            reasons[name] = f"it shares its weight with {sharers(model, module)[0][0]!r}, which cannot be quantized"
+        elif not embeddings and any(isinstance(other, nn.Embedding) for _, other in sharers(model, module)):
+            reasons[name] = "it shares its weight with an embedding, and embeddings=False"
+        elif id(module.weight) not in seen:
             seen.add(id(module.weight))
             edits.append(Quantize(name, bits, group_size, activations, decode))
     if not edits:
+        name, reason = next(iter(reasons.items()))
+        where = "" if modules is None else f" whose name matches {modules!r}"
         raise CompressionError(
-            _nothing(model, None, f"{'Linear or Embedding' if embeddings else 'Linear'} outside skip={skip!r}")
+            f"{type(model).__name__} has no {what}{where} that can be quantized. {name!r} (of {len(reasons)}) stays: {reason}."
         )
     _tell_what_stays(model, seen)
     return Plan(edits)
+
+
+def check_choice(embeddings: Any, skip: Any, modules: Any, inputs: Any) -> None:
+    """Refuse what no choice of modules to quantize is."""
+    if not isinstance(embeddings, bool):
+        raise CompressionError(f"embeddings must be True or False, got {embeddings!r}.")
+    for text, where in ((skip, "skip"), (modules, "modules")):
+        if text is not None:
+            _pattern(text, where)
+    if inputs is not None and (not isinstance(inputs, Mapping) or not all(isinstance(key, str) for key in inputs)):
+        raise CompressionError(f"inputs must be a batch as for model(**inputs), got {type(inputs).__name__}.")
 
 
 # --- shared ------------------------------------------------------------------------------------------------------
@@ -274,9 +310,11 @@ def _loaded(model: Any) -> nn.Module:
 
 
 def _pattern(text: Any, where: str) -> re.Pattern[str]:
+    if not isinstance(text, str):
+        raise CompressionError(f"{where} must be a regular expression on module names, as text, got {text!r}.")
     try:
         return re.compile(text)
-    except (re.error, TypeError) as error:
+    except re.error as error:
         raise CompressionError(f"{where} must be a regular expression on module names, got {text!r} ({error}).") from error
 
 
@@ -301,7 +339,8 @@ def _tell_what_stays(model: nn.Module, planned: set[int]) -> None:
     for name, module in model.named_modules():
         for weight in {id(p): p for p in module._parameters.values() if p is not None and p.ndim > 1}.values():
             total += weight.numel()
-            if id(weight) not in planned:
+            own: Any = getattr(module, "weight", None)  # of two factors, the plan names the module once
+            if id(weight) not in planned and id(own) not in planned:
                 left[name] = left.get(name, 0) + weight.numel()
     if left and total:
         most = sorted(left, key=lambda name: -left[name])
@@ -310,16 +349,22 @@ def _tell_what_stays(model: nn.Module, planned: set[int]) -> None:
         logger.warning(f"Left in full precision, {share:.1%} of the weights: {', '.join(most[:6])}{more}.")
 
 
-def _in_use(model: nn.Module, found: dict[str, nn.Module]) -> dict[str, nn.Module]:
-    """Without those that do not run, or whose weight something else reads, as far as made inputs can tell."""
+def _in_use(model: nn.Module, found: dict[str, nn.Module], batch: Mapping[str, Any] | None) -> dict[str, nn.Module]:
+    """Without those that do not run, or whose weight something else reads, as far as these (or made) inputs can tell."""
     try:
-        with probing(model, None) as run:
+        with probing(model, batch) as run:
             ran, read = use_of_weights(found, run)
     except NoInputs:
         return found  # `apply_` will be given inputs, and tells
-    kept = {name: module for name, module in found.items() if name in ran and name not in read}
+    free = {name: module for name, module in found.items() if name not in read}
+    if not free:
+        raise CompressionError(
+            f"Something else than its own forward reads the weight of {next(iter(found))!r} (of {len(found)} that match), so "
+            "it cannot be made low-rank. Choose others with modules=..."
+        )
+    kept = {name: module for name, module in free.items() if name in ran}
     if not kept:
-        return found
+        return free  # nor do made inputs reach any: `apply_` is given some, or tells
     if len(kept) < len(found):
         left = [name for name in found if name not in kept]
         logger.warning(f"Left as they are, since they do not run or something else reads their weight: {', '.join(left[:6])}.")
@@ -332,86 +377,3 @@ def _refuse_quantized(model: nn.Module) -> None:
             raise CompressionError(
                 f"{name!r} is quantized already; quantizing twice loses more than once. Start from the float model."
             )
-
-
-def _grams(
-    model: nn.Module, found: Mapping[str, nn.Module], edits: list[LowRank], batches: Iterable[Mapping[str, Any]]
-) -> Iterator[tuple[LowRank, torch.Tensor]]:
-    """The Gram matrix X^T X of the inputs of each module, as many at a time as fit into `GRAM_BYTES`."""
-    batches = list(_checked(batches))
-    pending = list(edits)
-    while pending:
-        chunk, size = [], 0
-        while pending and (not chunk or size + 4 * width(found[pending[0].module], 1) ** 2 <= GRAM_BYTES):
-            size += 4 * width(found[pending[0].module], 1) ** 2
-            chunk.append(pending.pop(0))
-        grams = _measure_grams(model, {edit.module: found[edit.module] for edit in chunk}, batches)
-        for edit in chunk:
-            if edit.module not in grams:
-                continue
-            if not bool(grams[edit.module].any()):
-                raise CompressionError(
-                    f"The inputs of {edit.module!r} are all zero on these batches, or their attention_mask hides every row."
-                )
-            if not bool(torch.isfinite(grams[edit.module]).all()):
-                raise CompressionError(f"The inputs of {edit.module!r} are not finite on these batches.")
-            yield edit, grams[edit.module]
-
-
-def _checked(batches: Iterable[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
-    if isinstance(batches, str | Mapping | torch.Tensor) or not isinstance(batches, Iterable):
-        raise CompressionError(f"batches must be a sequence of dicts, as for model(**batch), got {type(batches).__name__}.")
-    empty = True
-    for batch in batches:
-        if not isinstance(batch, Mapping):
-            raise CompressionError(f"A batch must be a dict, as for model(**batch), got {type(batch).__name__}.")
-        empty = False
-        yield batch
-    if empty:
-        raise CompressionError("batches is empty; a few hundred rows are enough.")
-
-
-def _measure_grams(
-    model: nn.Module, modules: Mapping[str, nn.Module], batches: list[Mapping[str, Any]]
-) -> dict[str, torch.Tensor]:
-    grams: dict[str, torch.Tensor] = {}
-    leader: dict[str, str] = {}  # query, key and value read one tensor: it is multiplied once
-    last: list[Any] = [None, ""]
-    masks: dict[str, torch.Tensor | None] = {}
-    two_sided = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
-    device = next(model.parameters()).device
-
-    def hook(name: str) -> Callable[..., None]:
-        def before(module: nn.Module, args: Any) -> None:
-            x = args[0]
-            mask = masks["decoder" if "decoder" in name.split(".") else "encoder"]
-            owner = leader.setdefault(name, last[1] if x is last[0] else name)
-            last[:] = [x, owner]
-            if owner != name:
-                return
-            rows = x[mask.bool()] if mask is not None and x.shape[:2] == mask.shape else x
-            rows = rows.reshape(-1, x.shape[-1]).float()
-            if name in grams:
-                grams[name].addmm_(rows.T, rows)
-            else:
-                grams[name] = rows.T @ rows
-
-        return before
-
-    with quiet_run(model) as run, ExitStack() as stack:
-        for name, module in modules.items():
-            stack.callback(module.register_forward_pre_hook(hook(name)).remove)
-        for batch in tqdm(batches, desc="calibrate", unit="batch", leave=False, disable=None, delay=3):
-            batch = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items() if "label" not in str(k)}
-            for side, key in (("encoder", ""), ("decoder", "decoder_" if two_sided else "")):
-                found = batch.get(f"{key}attention_mask")
-                masks[side] = found if isinstance(found, torch.Tensor) and found.ndim == 2 else None
-            try:
-                run(batch)
-            except Exception as error:  # a model may refuse a batch in any way
-                raise CompressionError(
-                    f"{type(model).__name__} does not run on a batch ({', '.join(map(str, batch))}): "
-                    f"{type(error).__name__}: {error}"
-                ) from error
-            last[:] = [None, ""]
-    return {name: grams[leader[name]] for name in modules if leader.get(name) in grams}

@@ -163,6 +163,12 @@ def _prove_structure(module: nn.Module, scope: str, group: list[Cut], cut: Cut, 
     gate_(_finder(free, scope)(cut.block.out)).copy_(cut.gate())
     masked = free(*args, **kwargs)
     first = tensors_in(plain)[:1], tensors_in(masked)[:1]
+    broken = [name for name, tensor in module.named_parameters() if not bool(torch.isfinite(tensor).all())]
+    if broken:
+        raise CompressionError(
+            f"Cannot prove a cut of {cut.block.name!r}: {f'{scope}.{broken[0]}'.lstrip('.')} holds NaN or infinities. If a "
+            "training diverged, go back to a checkpoint from before (a lower learning rate, max_grad_norm or bf16 may help)."
+        )
     if not first[0] or (len(cut.kept) < cut.block.size and difference(first[0][0][1], first[1][0][1]) == 0.0):
         raise CompressionError(
             f"Cannot prove a cut of {cut.block.name!r}: masking its output projection {cut.block.out!r} changes nothing, "

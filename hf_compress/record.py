@@ -63,7 +63,7 @@ def stamp_(
             hidden, layout = None, {k: v for k, v in layout.items() if k != "gates"}
     if gone:
         _record_layers(owner, layout, gone, numbers_before, undo)  # type: ignore[arg-type]
-    written = _write(owner, layout, edits.to_dict(spans=True), hidden, undo)
+    written = write_record(owner, layout, edits.to_dict(spans=True), hidden, undo)
     place = unrecorded(owner, written)
     if place is not None:
         raise CompressionError(
@@ -72,7 +72,7 @@ def stamp_(
         )
 
 
-def _write(
+def write_record(
     owner: PreTrainedModel, layout: dict, plan: dict[str, Any], masks: dict[str, Any] | None, undo: Undo
 ) -> dict[str, Any] | None:
     """Put a record into the config, or numbers alone where plain transformers then builds this model; the layout if any."""
@@ -159,7 +159,7 @@ def record_exits_(model: PreTrainedModel) -> None:
     edits = [edit for edit in record.plan_dict["edits"] if edit["edit"] != AddExits.__name__]
     plan = {**record.plan_dict, "edits": edits}
     if record.inner is None:
-        _write(model, layout, plan, record.masks_dict, [])
+        write_record(model, layout, plan, record.masks_dict, [])
     else:  # another method's weights are not asked for their shapes, and lock the checkpoint anyway
         model.config.quantization_config = HfCompressConfig(plan, layout, record.masks_dict, inner=record.inner)
 

@@ -14,9 +14,19 @@ from .probe import owners_in
 
 
 def check_foreign(model: nn.Module) -> None:
-    """Refuse models whose weights another library has packed (bitsandbytes, torchao, GPTQ, ...)."""
+    """Refuse models whose weights another library has packed (bitsandbytes, torchao, ...) or that pack them, and adapters."""
+    check_adapters(model)
     for _, owner in owners_in(model):
         compression_of(owner.config)
+    for module in model.modules():
+        every = getattr(getattr(module, "config", None), "rescale_every", 0)
+        if hasattr(module, "layers_are_rescaled") and every:
+            raise CompressionError(
+                f"{type(module).__name__} divides its own weights in place when it first evaluates (rescale_every={every}); "
+                "what is saved after that is divided again when it is loaded, and integers cannot be. Load it with "
+                "from_pretrained(..., rescale_every=0): the same function without that, which only keeps float16 from "
+                "overflowing."
+            )
 
 
 def check_weights(name: str, module: nn.Module) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,8 +17,9 @@ from .discover import nearest
 from .edits import CompressionError, DepthwiseSeparable, LowRank, Quantize
 from .fits import best_kernels, best_rank, compose_kernels
 from .kinds import low_rank_, not_separable, separable_
+from .loader import host_quantized_
 from .modules import LockedLinear, LowRankLinear, dense_weight, is_gated
-from .probe import difference, probing, tensors_in, tolerance
+from .probe import difference, owners_in, probing, tensors_in, tolerance
 from .quantization import dequantized, is_quantized, quantize_, quantized_
 from .refusals import check_weights
 
@@ -34,9 +36,14 @@ def substitute_(
 ) -> dict[str, dict[str, Any]]:
     """Change modules as these edits say, and show that the model is then what it should be.
 
-    The proof: the model runs on a small batch with the new modules and with the old ones holding the weights that the new
-    ones stand for (U V, the composed kernel, the decoded integers); the outputs agree to float precision. That finds
-    modules whose weights are read by something else than their own forward, which names and classes cannot tell.
+    The proof runs the model on a small batch before and after, one module's weights at a time in float:
+
+    - each new module, on what reaches it, computes what the old one does with the weights that the new one stands for
+      (U V, the composed kernel, the decoded integers), to float precision;
+    - with what the old modules gave in the place of what the new ones give, the model's outputs are what they were. That
+      finds weights that something else than their module's forward reads, which names and classes cannot tell, and no
+      choice inside the model (a router's, say) can fall the other way.
+
     Activations stay in float meanwhile; that their rounding is right is a matter of one module, and of its tests.
 
     Returns:
@@ -47,7 +54,9 @@ def substitute_(
             the proof fails. `undo` then holds what to take back.
     """
     record: dict[str, dict[str, Any]] = {}
-    changed: list[tuple[str, nn.Module, _State, Substitution]] = []
+    changed: list[_Change] = []
+    for _, owner in owners_in(model):
+        undo.append(partial(host_quantized_, owner))
     with torch.inference_mode(False), torch.no_grad():
         for edit in tqdm(edits, desc="replace", unit="module", leave=False, disable=None, delay=3):
             name, module = find(model, edit.module)
@@ -67,6 +76,8 @@ def substitute_(
                 record[other] = _entry(sharer, kinds)
                 changed.append((other, sharer, before, edit))
     _prove(model, changed, inputs)
+    for _, owner in owners_in(model):
+        host_quantized_(owner)
     return record
 
 
@@ -248,6 +259,15 @@ class _State:
         parameters.clear()
         parameters.update(self.parameters)
 
+    def compute(self, parameters: dict[str, nn.Parameter | None], *args: Any, **kwargs: Any) -> torch.Tensor:
+        """What the module that was there gives with these parameters; nobody else sees them."""
+        shell: Any = object.__new__(self.kind)
+        shell.__dict__.update(self.values, _parameters=parameters)
+        return self.kind.forward(shell, *args, **kwargs)
+
+
+_Change = tuple[str, nn.Module, _State, Substitution]
+
 
 def effective(module: Any, before: _State) -> dict[str, nn.Parameter | None]:
     """The parameters under which the module that was there computes what the new one does."""
@@ -264,13 +284,11 @@ def effective(module: Any, before: _State) -> dict[str, nn.Parameter | None]:
 
 
 @contextmanager
-def _in_the_old_form(changed: list[tuple[str, nn.Module, _State, Substitution]]) -> Iterator[None]:
+def _in_the_old_form(changed: list[_Change]) -> Iterator[None]:
     states = [_State(module) for _, module, _, _ in changed]
     try:
-        for _, module, before, _ in changed:
-            parameters = effective(module, before)
+        for _, _, before, _ in changed:
             before.restore()
-            module._parameters.update(parameters)
         yield
     finally:
         for after in states:
@@ -278,32 +296,45 @@ def _in_the_old_form(changed: list[tuple[str, nn.Module, _State, Substitution]])
 
 
 @contextmanager
-def _activations_in_float(changed: list[tuple[str, nn.Module, _State, Substitution]]) -> Iterator[None]:
-    """Rounding is a step function: through a deep model, float noise would flip enough steps to hide what is compared."""
+def _in_float(changed: list[_Change]) -> Iterator[None]:
+    """Quantized modules with the activations in float, and nothing that they decode kept."""
     modules: list[Any] = [module for _, module, _, _ in changed if is_quantized(module)]
-    before = [module.activations for module in modules]
+    before = [(module.activations, module.decode) for module in modules]
     try:
         for module in modules:
-            module.activations = None
+            module.activations, module.decode = None, "call"
         yield
     finally:
-        for module, activations in zip(modules, before, strict=True):
-            module.activations = activations
+        for module, (activations, decode) in zip(modules, before, strict=True):
+            module.activations, module.decode = activations, decode
 
 
-def _prove(
-    model: nn.Module, changed: list[tuple[str, nn.Module, _State, Substitution]], inputs: Mapping[str, Any] | None
-) -> None:
+def _prove(model: nn.Module, changed: list[_Change], inputs: Mapping[str, Any] | None) -> None:
     ran: set[str] = set()
+    off: dict[str, float] = {}  # by module, of what is allowed
+
+    def compare(name: str, before: _State) -> Callable[..., torch.Tensor]:
+        def hook(module: nn.Module, args: Any, kwargs: Any, output: torch.Tensor) -> torch.Tensor:
+            ran.add(name)
+            meant = before.compute(effective(module, before), *args, **kwargs)
+            off[name] = max(off.get(name, 0.0), difference(meant, output) / tolerance(meant.dtype))
+            return before.compute(before.parameters, *args, **kwargs)
+
+        return hook
+
     with ExitStack() as stack:
         with _in_the_old_form(changed):
             run = stack.enter_context(probing(model, inputs))
             expected = tensors_in(run())
-        for name, module, _, _ in changed:
-            stack.callback(module.register_forward_hook(lambda *_, name=name: ran.add(name)).remove)
         try:
-            with _activations_in_float(changed):
+            with _in_float(changed), ExitStack() as hooks:
+                for name, module, before, _ in changed:  # first of all hooks: others may change what leaves the module
+                    handle = module.register_forward_hook(compare(name, before), prepend=True, with_kwargs=True)
+                    hooks.callback(handle.remove)
                 got = tensors_in(run())
+            for _, module, _, _ in changed:
+                if is_quantized(module):
+                    stack.callback(module.register_forward_hook(_forget).remove)
             run()  # and as it will run
         except Exception as error:  # whatever reads a weight that has another shape now
             raise CompressionError(
@@ -315,8 +346,15 @@ def _prove(
     idle = [name for name, module, _, _ in changed if id(module._parameters["weight"]) not in used]
     if idle:
         raise CompressionError(
-            f"Nothing was changed: {idle[0]!r} did not run on the proof's inputs, so its replacement cannot be proved. Pass "
-            "inputs=... with a batch that uses it, or leave it out of the plan."
+            f"Nothing was changed: {idle[0]!r} (of {len(idle)}) did not run on the proof's inputs, so its replacement cannot "
+            "be proved. (In a mixture of experts, edits before this one may have changed which experts run.) Pass inputs=... "
+            "with a batch that uses it, or leave it out of the plan."
+        )
+    wrong = max(off, key=lambda name: off[name])
+    if off[wrong] > 1:
+        raise CompressionError(
+            f"Nothing was changed: what takes the place of {wrong!r} is off by {off[wrong]:.1f} times what rounding in "
+            "floating point explains; leave it out of the plan."
         )
     for (where, a), (_, b) in zip(expected, got, strict=True):
         allowed, worst = tolerance(a.dtype), difference(a, b)
@@ -326,3 +364,7 @@ def _prove(
                 f"{where or 'the output'} is off by {worst:.1e} of its largest value, more than {allowed:.0e}. Its weight is "
                 "read by something else than its forward; leave it out of the plan."
             )
+
+
+def _forget(module: Any, *_: Any) -> None:
+    module._derived.clear()  # decoded weights of all modules at once are what quantizing is to save

@@ -81,7 +81,7 @@ def apply_(model: nn.Module, plan: Plan, *, inputs: Mapping[str, Any] | None = N
 
     Modules that become something else (low-rank, separable, quantized) are proved by running the model against its old
     form holding the weights that the new modules stand for; exits, by sending one row out at the first. Until the last
-    step is made the old weights are kept, and that proof decodes those of its step: as much memory again as they take.
+    step is made the old weights are kept, and that proof decodes one module at a time.
 
     **Where the proof's inputs come from.** By default they are random and made from the model's config and the
     signature of its `forward` (`probe.example_inputs`: two rows of token ids, an image, a short waveform, from a fixed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 from pathlib import Path
@@ -12,8 +13,12 @@ import torch.distributed as dist
 from torch import nn
 from transformers import PreTrainedModel, Trainer
 
+from .edits import CompressionError
 from .files import staged
+from .plan import Plan
 from .probe import quiet_run
+from .publish import is_refusal_of_hub, push_failed, reason, trainer_card_
+from .report import Report
 from .resume import restore_weights
 
 WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
@@ -22,7 +27,7 @@ WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 class CompressionTrainer(Trainer):
     """A `Trainer` for models that change their shape, and the base of the trainers to come.
 
-    Use it like `Trainer`; callbacks such as `PruningCallback` work in both. It differs in four things:
+    Use it like `Trainer`; callbacks such as `PruningCallback` work in both. It differs in five things:
 
     - *Resume and best model* load through `from_pretrained`: weights that are saved under other names than they have in
       memory are restored (stock leaves 32 of ViT's 40 parameters as they were, transformers issue 43701), and a dense
@@ -32,6 +37,8 @@ class CompressionTrainer(Trainer):
       (issue 47688). The first training batch is used to find out which kind a model is, and the loss is divided where
       it must be.
     - *Saving* is whole or not at all: a full disk leaves the checkpoint that was there.
+    - *Publishing* (`push_to_hub`) writes our card, with the numbers of `push_to_hub(report=...)`; what was edited by hand on
+      the Hub stays. What fails says why and how to go on.
     - A model whose forward does use `num_items_in_batch` is left alone.
 
     Example:
@@ -60,6 +67,13 @@ class CompressionTrainer(Trainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._loss_scaling_known = False
+        self._push: dict[str, Any] = {}
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        if self.args.world_size > 1:
+            # an evaluation before training marks the model as prepared, and stock then leaves DistributedDataParallel off
+            vars(self.model).pop("_is_accelerate_prepared", None)
+        return super().train(*args, **kwargs)
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
@@ -106,8 +120,57 @@ class CompressionTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         folder = Path(output_dir if output_dir is not None else self.args.output_dir or ".")
         whole = isinstance(self.accelerator.unwrap_model(self.model), PreTrainedModel)  # adapters replace no weights
-        with staged(folder, remove=_stale_weights(folder) if whole else ()) as stage:
+        writes = whole and self.args.should_save  # another process would remove what the first has just put there
+        with staged(folder, remove=_stale_weights(folder) if writes else ()) as stage:
             super()._save(os.fspath(stage), state_dict)
+
+    def create_model_card(self, *args: Any, report: Report | None = None, **kwargs: Any) -> None:
+        """Our card of a compressed model (see `card.render_card`), stock's of another; takes stock's arguments.
+
+        Args:
+            report (`Report`, *optional*): what `measure` found. Without one the card has no numbers.
+        """
+        plans = [plan for callback in self.callback_handler.callbacks if isinstance(plan := vars(callback).get("plan"), Plan)]
+        given = inspect.signature(super().create_model_card).bind(*args, **kwargs).arguments
+        if not trainer_card_(self, given, report, plans[-1] if plans else None, **self._push):
+            super().create_model_card(*args, **kwargs)
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        try:
+            super().init_hf_repo(token=token, private=private)
+        except Exception as error:
+            if not is_refusal_of_hub(error):
+                raise
+            repo_id = self.args.hub_model_id or Path(self.args.output_dir or ".").absolute().name
+            raise CompressionError(f"Could not make the repository {repo_id}: {reason(error, repo_id)}.") from error
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As `Trainer.push_to_hub`, with our card; `report=` gives it numbers.
+
+        Raises:
+            PushError: a `CompressionError`: the Hub or the way to it refused; the model is saved in the output folder.
+        """
+        if not self.args.push_to_hub:  # stock makes the repository before it saves, and that may be refused
+            self.save_model(_internal_call=True)
+        self._push = {"token": token, "revision": revision}
+        try:
+            return super().push_to_hub(commit_message, blocking, token, revision, private, **kwargs)
+        except Exception as error:
+            if not is_refusal_of_hub(error):
+                raise
+            folder = Path(self.args.output_dir or ".")
+            repo_id = self.hub_model_id or self.args.hub_model_id or folder.absolute().name
+            raise push_failed(f"push to {repo_id}", error, folder, repo_id, private, revision) from error
+        finally:
+            self._push = {}
 
 
 def _stale_weights(folder: Path) -> list[str]:

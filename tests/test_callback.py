@@ -319,3 +319,13 @@ def test_refused_when_training_begins(tmp_path):
     t = trainer(tmp_path, [callback()], model=build("convnext")[0])
     with pytest.raises(hc.CompressionError, match="has no heads"):
         t.train()
+
+
+def test_a_second_training_says_that_it_prunes_again(tmp_path, caplog):
+    t = trainer(tmp_path, [callback()])
+    t.train()
+    assert "has cut a model already" not in caplog.text
+    with caplog.at_level("WARNING"):
+        t.train()
+    assert "has cut a model already" in caplog.text
+    assert sum(a.num_heads for a in hc.discover(t.model).attentions) == 3  # half of what half of twelve left

@@ -233,7 +233,7 @@ def test_padding_on_the_left_reads_the_last_token():
 # --- what a model gives ----------------------------------------------------------------------------------------------
 
 
-def test_outputs_are_the_models_own():
+def test_outputs_are_the_models_own(caplog):
     model = model_with_exits()
     batch = batch_for(model)
     set_exits_(model, threshold=halves(model, batch))
@@ -246,8 +246,9 @@ def test_outputs_are_the_models_own():
     assert torch.equal(logits, out.logits) and torch.equal(loss, out.loss)
     (logits,) = run(model, batch, return_dict=False)
     assert torch.equal(logits, out.logits)
-    # all states of all rows were asked for, so all rows run
+    # all states of all rows were asked for, so all rows run, and that is said
     full = run(model, batch, output_hidden_states=True)
+    assert "No row leaves" in caplog.text
     assert len(full.hidden_states) == 4 and exit_layers(model).tolist() == [2] * 8
     with exits_off(model):
         assert torch.equal(run(model, batch).logits, full.logits)

@@ -1,6 +1,7 @@
 """measure: counts by arithmetic, times by what a clock would say of them."""
 
 import json
+import sys
 import time
 
 import pytest
@@ -101,6 +102,12 @@ def test_metrics_may_be_a_function_and_the_model_is_left_alone():
         ({}, {}, "must be a batch"),
         ([1], {}, "got list"),
         ({"x": torch.zeros(1)}, {"repeats": 0}, "repeats must be a whole number >= 1"),
+        ({"input": torch.zeros(2, 1)}, {"batch_sizes": 32}, r"a sequence of whole numbers >= 1, such as \(1, 32\), got 32"),
+        ({"input": torch.zeros(2, 1)}, {"batch_sizes": [1, 0]}, r"whole numbers >= 1, got \[1, 0\]"),
+        ({"input": torch.zeros(2, 1)}, {"batch_sizes": [True]}, "whole numbers >= 1"),
+        ({"input": torch.tensor(1.0)}, {"batch_sizes": [1]}, "cannot tell which dimension of the inputs is the batch"),
+        ({"a": torch.zeros(2, 1), "b": torch.zeros(3)}, {"batch_sizes": [1]}, r"is the batch \(a \(2, 1\), b \(3,\)\)"),
+        ({"input": torch.zeros(2, 1)}, {"about": {"basemodel": "x"}}, "did you mean 'base_model'"),
     ],
 )
 def test_refusals(inputs, options, message):
@@ -146,3 +153,113 @@ def test_exits_are_on_while_they_are_measured():
     hc.apply_(small, hc.Plan([hc.AddExits([0], threshold=0.5)]))  # of two classes one has that much: all leave
     report = hc.measure(small, batch, against=dense, repeats=1, warmup=0)
     assert report.model.macs < report.against.macs / 2
+
+
+class Clock:
+    """Time that passes only where a model says so."""
+
+    now = 0.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+
+class Rows(nn.Module):
+    """So many seconds a row, and a record of what it was given."""
+
+    main_input_name = "x"
+
+    def __init__(self, seconds: float, clock: Clock) -> None:
+        super().__init__()
+        self.seconds, self.clock, self.seen = seconds, clock, []
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor, table: torch.Tensor, flag: bool) -> torch.Tensor:
+        self.seen.append((x, mask, table, flag))
+        self.clock.now += self.seconds * len(x)
+        return x
+
+
+def test_other_batch_sizes_are_the_rows_again(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(sys.modules["hf_compress.measure"], "time", clock)  # the name is also the function's
+    inputs = {"x": torch.arange(6).view(2, 3), "mask": torch.tensor([0, 1]), "table": torch.arange(5), "flag": True}
+    model, dense = Rows(0.5, clock), Rows(1.5, clock)
+    report = hc.measure(model, inputs, against=dense, repeats=5, warmup=0, batch_sizes=(1, 2, 5))
+    assert [(t.batch, t.length, t.model.median, t.against.median) for t in report.timings] == [
+        (1, 3, 0.5, 1.5),
+        (2, 3, 1.0, 3.0),
+        (5, 3, 2.5, 7.5),
+    ]
+    assert all(t.speedup == 3 and t.speedup_interval == (3, 3) and t.model.repeats == 5 for t in report.timings)
+    assert len([x for x, *_ in model.seen if len(x) == 5]) == 1 + 5  # a trial, then timed
+    assert report.timings[1].model == report.model.latency
+    given = {len(x): (x.tolist(), mask.tolist(), table.tolist(), flag) for x, mask, table, flag in model.seen}
+    assert given == {
+        1: ([[0, 1, 2]], [0], [0, 1, 2, 3, 4], True),
+        2: ([[0, 1, 2], [3, 4, 5]], [0, 1], [0, 1, 2, 3, 4], True),
+        5: ([[0, 1, 2], [3, 4, 5]] * 2 + [[0, 1, 2]], [0, 1, 0, 1, 0], [0, 1, 2, 3, 4], True),
+    }
+    assert "5 x 3" in str(report)
+    alone = hc.measure(model, inputs, repeats=1, warmup=0, batch_sizes=[1])
+    assert alone.timings[0].against is alone.timings[0].speedup is None
+
+
+def test_a_batch_size_that_does_not_run_is_refused_before_anything_is_timed():
+    class Two(Rows):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.seen.append(x)
+            if len(x) != 2:
+                raise RuntimeError("two rows only")
+            return x
+
+    model = Two(0, Clock())
+    with pytest.raises(hc.CompressionError, match="Two does not run on inputs .x 7x3.: RuntimeError: two rows only"):
+        hc.measure(model, {"x": torch.zeros(2, 3)}, repeats=50, batch_sizes=[7])
+    assert len(model.seen) == 2
+
+
+def test_images_have_no_length():
+    model, batch = build("vit")
+    report = hc.measure(model, batch, repeats=1, warmup=0, batch_sizes=[3])
+    assert (report.timings[0].batch, report.timings[0].length) == (3, None)
+
+
+def test_what_can_be_seen_is_said():
+    dense, batch = build("bert")
+    small, _ = build("bert")
+    hc.apply_(
+        small,
+        hc.Plan([hc.KeepHeads("bert.encoder.layer.1.attention.self", [0]), hc.KeepNeurons("bert.encoder.layer.0", [1, 2])]),
+    )
+    dense.config._name_or_path, dense.config._commit_hash = "me/base", "0123abc"
+    about = hc.measure(small, batch, against=dense, repeats=1, warmup=0, about={"seed": 3, "versions": {"mine": "7"}}).about
+    assert (about["base_model"], about["base_revision"], about["task"]) == ("me/base", "0123abc", "text-classification")
+    assert (about["tier"], about["seed"], about["versions"]["mine"]) == ("plugin", 3, "7")
+    assert about["versions"]["torch"] == torch.__version__ and about["versions"]["hf_compress"] == hc.__version__
+    heads = about["blocks"]["model"]["heads"]
+    assert list(heads.values()) == [4, 1, 4] and list(about["blocks"]["against"]["heads"].values()) == [4, 4, 4]
+    assert about["blocks"]["model"]["neurons"]["bert.encoder.layer.0"] == 2
+    told = hc.measure(dense, batch, repeats=1, warmup=0, about={"base_model": "you/other", "task": "other"}).about
+    assert (told["base_model"], told["task"], told["tier"], "base_revision" in told) == ("you/other", "other", "stock", False)
+
+
+def test_a_folder_is_not_taken_for_a_model_of_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "dense").mkdir()
+    options = dict(repeats=1, warmup=0)
+    assert (
+        hc.measure(nn.Linear(1, 1), {"input": torch.zeros(1, 1)}, about={"base_model": "dense"}, **options).about["base_model"]
+        == "./dense"
+    )
+
+
+def test_a_module_that_is_given_a_weight_is_counted():
+    """DeBERTa hands its position embeddings to a Linear, and torch's counter then looks for their gradient."""
+    model, batch = build("deberta")
+    frozen = next(model.parameters()).requires_grad_(False)
+    rows, length = batch["input_ids"].shape
+    positions = 2 * length
+    per_row = length * (4 * 64 * 64 + 2 * 64 * 96) + 2 * length * length * 64 + 2 * length * positions * 64
+    expected = 3 * (rows * per_row + 2 * positions * 64 * 64) + rows * (64 * 64 + 64 * 2)
+    assert hc.measure(model, batch, repeats=1, warmup=0).model.macs == expected
+    assert all(p.requires_grad is (p is not frozen) for p in model.parameters())

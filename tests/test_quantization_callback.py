@@ -291,6 +291,13 @@ REFUSED = [
     ("start after freeze", dict(bits=8, start=0.5, freeze=0.2), "0 <= start <= freeze <= 1"),
     ("every 0", dict(bits=8, every=0), "steps >= 1"),
     ("group with 8", dict(bits=8, group_size=4), "leave group_size out"),
+    ("skip 5", dict(bits=8, skip=5), "skip must be a regular expression .*, got 5"),
+    ("bad skip", dict(bits=8, skip="("), "skip must be a regular expression"),
+    ("modules 5", dict(bits=8, modules=5), "modules must be a regular expression .*, got 5"),
+    ("embeddings 5", dict(bits=8, embeddings=5), "True or False, got 5"),
+    ("inputs 5", dict(bits=8, inputs=5), "inputs must be a batch"),
+    ("freeze nan", dict(bits=8, freeze=float("nan")), "0 <= start <= freeze <= 1"),
+    ("every true", dict(bits=8, every=True), "steps >= 1, got True"),
 ]
 
 
@@ -298,6 +305,23 @@ REFUSED = [
 def test_refused_at_construction(options, message):
     with pytest.raises(hc.CompressionError, match=message):
         hc.QuantizationCallback(**options)
+
+
+def test_only_these_modules_are_trained_rounded_and_end_quantized(tmp_path):
+    callback = hc.QuantizationCallback(4, modules=r"query$|word_embeddings", skip="layer.1")
+    run = trainer(tmp_path, [callback], max_steps=2)
+    run.train()
+    found = {name for name, module in run.model.named_modules() if is_quantized(module)}
+    layers = [f"bert.encoder.layer.{i}.attention.self.query" for i in (0, 2)]
+    assert found == {"bert.embeddings.word_embeddings", *layers} == {edit.module for edit in callback.plan}
+
+
+def test_modules_that_match_nothing_are_refused_before_training(tmp_path):
+    run = trainer(tmp_path, [hc.QuantizationCallback(8, modules="zzz")])
+    before = fingerprint(run.model)
+    with pytest.raises(hc.CompressionError, match="matches 'zzz'"):
+        run.train()
+    assert fingerprint(run.model) == before
 
 
 class Mine(hc.PruningCallback):
@@ -320,3 +344,15 @@ def test_a_quantized_model_is_refused(tmp_path):
     hc.apply_(model, hc.plan_quantization(model, bits=8))
     with pytest.raises(hc.CompressionError, match="quantized already"):
         trainer(tmp_path, [hc.QuantizationCallback(8)], model=model).train()
+
+
+def test_a_training_that_ends_before_rounding_began_says_so(tmp_path, caplog):
+    class Stop(T.TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step == 2
+
+    t = trainer(tmp_path, [hc.QuantizationCallback(4, start=0.8), Stop()])
+    with caplog.at_level("WARNING"):
+        t.train()
+    assert "ended before rounding began" in caplog.text
+    assert any(is_quantized(module) for module in t.model.modules())

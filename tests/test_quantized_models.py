@@ -12,7 +12,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import hf_compress as hc
-from tests.zoo import FAMILIES, GENERATE, TEXT, build, outputs
+from hf_compress.quantization import is_quantized
+from tests.zoo import FAMILIES, GENERATE, GQA, TEXT, build, outputs
 
 
 def symmetric(weight: np.ndarray) -> np.ndarray:
@@ -65,7 +66,7 @@ def test_int8_is_what_numpy_says_and_loads_equal(family, tmp_path, fresh, plain)
 @pytest.mark.parametrize("bits", [4, 2])
 @pytest.mark.parametrize("family", ["bert", "gpt2", "llama", "phi3", "t5", "bart", "vit", "whisper", "clip", "deberta_v2"])
 def test_weight_only_is_the_decoded_model(family, bits, tmp_path, fresh, plain):
-    from hf_compress.quantization import dequantized, is_quantized
+    from hf_compress.quantization import dequantized
 
     model, batch = build(family)
     reference = copy.deepcopy(model)
@@ -306,12 +307,23 @@ REFUSED = [
     ("5 bits", lambda m: hc.plan_quantization(m, bits=5), "one of 8, 4, 3, 2, got 5"),
     ("bits as text", lambda m: hc.plan_quantization(m, bits="8"), "one of 8, 4, 3, 2"),
     ("groups with 8 bits", lambda m: hc.plan_quantization(m, bits=8, group_size=32), "leave group_size out"),
-    ("group of 1", lambda m: hc.plan_quantization(m, bits=4, group_size=1), ">= 2, got 1"),
+    ("group of 1", lambda m: hc.plan_quantization(m, bits=4, group_size=1), ">= 2.*got 1"),
     ("activations at 4 bits", lambda m: hc.plan_quantization(m, bits=4, activations="token"), "must be one of 'none'"),
     ("unknown activations", lambda m: hc.plan_quantization(m, bits=8, activations="row"), "'token', 'tensor', 'none'"),
     ("unknown decode", lambda m: hc.plan_quantization(m, bits=4, decode="later"), "'load', 'call'"),
     ("bad skip", lambda m: hc.plan_quantization(m, bits=8, skip="("), "regular expression"),
     ("all skipped", lambda m: hc.plan_quantization(m, bits=8, skip=".*"), "outside skip"),
+    ("skip 5", lambda m: hc.plan_quantization(m, bits=8, skip=5), "skip must be a regular expression .*, got 5"),
+    ("bad modules", lambda m: hc.plan_quantization(m, bits=8, modules="["), "modules must be a regular expression"),
+    ("modules of nobody", lambda m: hc.plan_quantization(m, bits=8, modules="zzz"), "whose name matches 'zzz'"),
+    ("a list of modules", lambda m: hc.plan_quantization(m, bits=8, modules=["query"]), "as text, got \\['query'\\]"),
+    ("modules that are a head", lambda m: hc.plan_quantization(m, bits=8, modules="classifier"), "pass skip=None"),
+    (
+        "only embeddings, without",
+        lambda m: hc.plan_quantization(m, bits=8, modules="embeddings", embeddings=False),
+        "no Linear",
+    ),
+    ("inputs 5", lambda m: hc.plan_quantization(m, bits=8, inputs=5), "inputs must be a batch"),
     ("a layer norm", lambda m: hc.apply_(m, hc.Plan([hc.Quantize("bert.embeddings.LayerNorm")])), "takes a Linear"),
     ("twice in a plan", lambda m: hc.apply_(m, hc.Plan([hc.Quantize(WORDS), hc.Quantize(WORDS)])), "quantized already"),
 ]
@@ -326,6 +338,43 @@ def test_refused_and_nothing_changed(act, message):
     assert torch.equal(outputs(model, batch), before) and model.config.to_dict() == config
 
 
+def test_only_these_modules():
+    model, _ = build("bert")
+    names = {name for name, module in model.named_modules() if type(module) in (nn.Linear, nn.Embedding)}
+    chosen = {edit.module for edit in hc.plan_quantization(model, bits=8, modules="query|word_embeddings|pooler")}
+    assert chosen == {n for n in names if n.endswith(("query", "word_embeddings", "pooler.dense"))} and len(chosen) == 5
+    both = {edit.module for edit in hc.plan_quantization(model, bits=8, modules=r"\.query$", skip="layer.1")}
+    assert both == {n for n in names if n.endswith("query") and "layer.1" not in n} and len(both) == 2
+    assert [e.module for e in hc.plan_quantization(model, bits=8, modules="classifier", skip=None)] == ["classifier"]
+    hc.apply_(model, hc.plan_quantization(model, bits=8, modules="query"))
+
+    assert {n for n, m in model.named_modules() if is_quantized(m)} == {n for n in names if n.endswith("query")}
+
+
+@pytest.mark.parametrize("family", ["gemma3", "bart"])
+def test_a_head_that_is_tied_to_what_cannot_be_quantized_stays(family):
+    """Their embeddings scale what they look up, by a class of their own."""
+    model, batch = build(family)
+    before = outputs(model, batch)
+    plan = hc.plan_quantization(model, bits=8, skip=None)
+    assert plan.edits and "lm_head" not in {edit.module for edit in plan}
+    hc.apply_(model, plan)
+    assert type(model.lm_head) is nn.Linear and 0 < (outputs(model, batch) - before).abs().max() < 0.3 * before.abs().max()
+    with pytest.raises(hc.CompressionError, match="'lm_head'.*shares its weight"):
+        hc.plan_quantization(build(family)[0], bits=8, skip=None, modules="lm_head")
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_the_proof_leaves_no_decoded_weights_behind(bits):
+    from hf_compress.quantization import is_quantized
+
+    model, _ = build("bert")
+    hc.apply_(model, hc.plan_quantization(model, bits=bits))
+    modules = [m for m in model.modules() if is_quantized(m)]
+    assert modules and not any(m._derived for m in modules)
+    assert {(m.activations, m.decode) for m in modules} <= {("token" if bits == 8 else None, "load"), (None, "load")}
+
+
 def test_quantizing_twice_is_refused():
     model, batch = build("bert")
     hc.apply_(model, hc.plan_quantization(model, bits=8))
@@ -333,3 +382,33 @@ def test_quantizing_twice_is_refused():
     with pytest.raises(hc.CompressionError, match="quantized already"):
         hc.plan_quantization(model, bits=4)
     assert torch.equal(outputs(model, batch), before)
+
+
+def test_a_head_tied_to_an_embedding_that_stays_in_float_stays_too():
+    model = T.LlamaForCausalLM(T.LlamaConfig(**{**GQA, "tie_word_embeddings": True})).eval()
+    hc.apply_(model, hc.plan_quantization(model, bits=8, embeddings=False, skip=None))
+    assert type(model.model.embed_tokens) is torch.nn.Embedding and type(model.lm_head) is torch.nn.Linear
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert is_quantized(model.model.layers[0].mlp.up_proj)
+
+
+def test_factors_of_a_planned_module_are_not_told_as_left(caplog):
+    model = build("bert")[0]
+    hc.apply_(model, hc.plan_low_rank(model, ratio=0.5))
+    with caplog.at_level(logging.WARNING):
+        hc.plan_quantization(model, bits=8)
+    assert "attention.self" not in caplog.text and "output.dense" not in caplog.text
+
+
+def test_the_base_model_of_a_checkpoint_whose_head_alone_was_changed(tmp_path):
+    torch.manual_seed(0)
+    config = T.BertConfig(**{**build("bert")[0].config.to_dict(), "num_labels": 32})
+    model = T.BertForSequenceClassification(config).eval()
+    hc.apply_(model, hc.plan_low_rank(model, ratio=0.5, modules="^classifier$"))
+    model.save_pretrained(tmp_path)
+    ids = torch.tensor([[5, 6, 7]])
+    with torch.no_grad():
+        base = T.AutoModel.from_pretrained(tmp_path).eval()
+        assert torch.equal(base(ids).last_hidden_state, model.bert(ids).last_hidden_state)
+    with pytest.raises(hc.CompressionError, match="another architecture. Load it with BertForSequenceClassification"):
+        T.GPT2Model.from_pretrained(tmp_path)

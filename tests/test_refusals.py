@@ -90,3 +90,18 @@ def test_grouped_query_config_with_fewer_heads_is_stock_only_if_it_builds():
     model = T.LlamaForCausalLM(T.LlamaConfig(**GQA)).eval()
     hc.apply_(model, hc.plan_pruning(model, heads=0.5, score="magnitude", uniform=True))
     assert (model.config.num_attention_heads, model.config.num_key_value_heads, model.config.head_dim) == (2, 1, 16)
+
+
+def test_a_diverged_training_is_named_as_the_reason():
+    model, _ = build("bert")
+    with torch.no_grad():
+        model.get_submodule(FFN).intermediate.dense.weight[0, 0] = float("nan")
+    with pytest.raises(hc.CompressionError, match="intermediate.dense.weight holds NaN or infinities"):
+        hc.apply_(model, hc.Plan([hc.KeepNeurons(FFN, [0, 1])]))
+
+
+def test_planning_leaves_the_config_alone():
+    model = T.BertForSequenceClassification(build("bert")[0].config)
+    batch = {"input_ids": torch.tensor([[5, 6, 7]]), "labels": torch.tensor([1])}
+    hc.plan_pruning(model, [batch], neurons=0.5, score="taylor")
+    assert model.config.problem_type is None  # transformers' own forward writes its guess there

@@ -11,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 import hf_compress as hc
 from hf_compress.fits import best_kernels, best_rank, compose_kernels
+from hf_compress.modules import LowRankLinear
 from tests.zoo import FAMILIES, SEQ2SEQ, TEXT, build, outputs, random_plan
 
 CONVOLUTIONS = {
@@ -114,18 +115,18 @@ def test_batches_whiten_the_factors(family):
 def test_gram_matrices_in_several_passes_are_the_same(monkeypatch):
     model, batch = build("bert")
     once = hc.plan_low_rank(model, [batch], ratio=0.5)
-    monkeypatch.setattr("hf_compress.planners.GRAM_BYTES", 1)
+    monkeypatch.setattr("hf_compress.grams.GRAM_BYTES", 1)
     assert hc.plan_low_rank(model, [batch], ratio=0.5) == once
 
 
 def test_a_decoder_is_not_masked_by_the_encoder():
-    from hf_compress.planners import _measure_grams
+    from hf_compress.grams import measure_grams
 
     model, batch = build("t5")
     batch["decoder_input_ids"] = batch["input_ids"].flip(1)  # as long as the input, half of which is padding
     batch["attention_mask"][:, 5:] = 0
     names = [n for n in kind_of_linear(model) if n.endswith("SelfAttention.q")]
-    grams = _measure_grams(model, {n: model.get_submodule(n) for n in names}, [batch])
+    grams = measure_grams(model, {n: model.get_submodule(n) for n in names}, [batch])
     seen = {}
     for n in names:
         model.get_submodule(n).register_forward_pre_hook(lambda m, args, n=n: seen.update({n: args[0].detach()}))
@@ -255,7 +256,7 @@ def test_low_rank_layers_train_in_a_trainer(tmp_path):
 REFUSED = [
     ("rank too high", lambda m: hc.plan_low_rank(m, rank=60), "rank=60 is too high for .* above 31"),
     ("rank in an edit", lambda m: hc.apply_(m, hc.Plan([hc.LowRank(QUERY, 32)])), "Rank 32 of a 64 x 64 weight saves nothing"),
-    ("rank 0", lambda m: hc.LowRank(QUERY, 0), ">= 1, got 0"),
+    ("rank 0", lambda m: hc.LowRank(QUERY, 0), ">= 1.*got 0"),
     ("ratio and rank", lambda m: hc.plan_low_rank(m, rank=4, ratio=0.5), "exactly one of ratio and rank"),
     ("neither", lambda m: hc.plan_low_rank(m), "exactly one of ratio and rank"),
     ("ratio 1", lambda m: hc.plan_low_rank(m, ratio=1.0), "in \\(0, 1\\), got 1.0"),
@@ -387,6 +388,84 @@ def test_modules_that_do_not_run_are_left_out():
     plan = hc.plan_low_rank(model, ratio=0.5)
     assert plan.edits and not any("encoder_attn" in edit.module for edit in plan)
     hc.apply_(model, plan)
+
+
+def test_what_else_reads_a_weight_is_said_by_the_planner():
+    """WavLM hands its projections' weights to a function of torch."""
+    small = dict(conv_dim=(32, 32, 32), conv_stride=(5, 4, 4), conv_kernel=(10, 4, 4), num_feat_extract_layers=3)
+    config = T.WavLMConfig(
+        hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=96, num_conv_pos_embeddings=16,
+        num_conv_pos_embedding_groups=2, **small,
+    )  # fmt: skip
+    model = T.WavLMModel(config)
+    for plan in (hc.plan_low_rank(model, ratio=0.5), hc.plan_quantization(model, bits=8)):
+        assert plan.edits and not any(edit.module.endswith("_proj") for edit in plan)
+        hc.apply_(copy.deepcopy(model), plan)
+    with pytest.raises(hc.CompressionError, match="reads the weight of 'encoder.layers.0.attention.q_proj'"):
+        hc.plan_low_rank(model, ratio=0.5, modules="q_proj")
+    with pytest.raises(hc.CompressionError, match="'encoder.layers.0.attention.q_proj'.*something else than its own forward"):
+        hc.plan_quantization(model, bits=8, modules="q_proj")
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_what_runs_when_a_plan_is_made_runs_in_its_proof(seed):
+    """A router sends tokens by numbers that the replacements change: the proof keeps the choices of the model as it was."""
+    torch.manual_seed(seed)
+    config = T.SwitchTransformersConfig(
+        vocab_size=99, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, num_experts=4, num_sparse_encoder_layers=1,
+        num_sparse_decoder_layers=1, expert_capacity=64,
+    )  # fmt: skip
+    model = T.SwitchTransformersForConditionalGeneration(config).eval()
+    for parameter in model.parameters():
+        parameter.data.add_(torch.randn_like(parameter) * 0.05)
+    for plan in (hc.plan_low_rank(model, ratio=0.3), hc.plan_quantization(model, bits=2)):
+        assert any("experts" in edit.module for edit in plan)
+        hc.apply_(copy.deepcopy(model), plan)
+
+
+def test_the_module_that_computes_something_else_is_named(monkeypatch):
+    model, batch = build("bert")
+    before = outputs(model, batch)
+    wrong, right = model.get_submodule(QUERY.replace("0", "1")), LowRankLinear.forward
+    monkeypatch.setattr(LowRankLinear, "forward", lambda self, x: right(self, x) + 0.01 * (self is wrong))
+    with pytest.raises(hc.CompressionError, match=r"takes the place of '\S*layer.1.attention.self.query' is off by"):
+        hc.apply_(model, hc.Plan([hc.LowRank(QUERY, 4), hc.LowRank(QUERY.replace("0", "1"), 4)]))
+    assert torch.equal(outputs(model, batch), before)
+
+
+def rwkv(**more):
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=99, hidden_size=64, num_hidden_layers=4, attention_hidden_size=64, intermediate_size=96)
+    return T.RwkvForCausalLM(T.RwkvConfig(**sizes, context_length=64, **more)).eval()
+
+
+@pytest.mark.parametrize(
+    "act",
+    [lambda m: hc.plan_low_rank(m, ratio=0.5), lambda m: hc.plan_quantization(m, bits=8),
+     lambda m: hc.mask_(m, hc.Plan([hc.KeepLayers([0, 1])])), lambda m: hc.apply_(m, hc.Plan([hc.Quantize("blocks.0.attention.key")]))],
+)  # fmt: skip
+def test_weights_that_a_model_divides_in_place_are_refused(act):
+    model = rwkv(rescale_every=2)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(hc.CompressionError, match=r"rescale_every=2.*from_pretrained\(..., rescale_every=0\)"):
+        act(model)
+    assert all(torch.equal(model.state_dict()[key], value) for key, value in before.items())
+
+
+@pytest.mark.parametrize("make", [lambda m: hc.plan_low_rank(m, ratio=0.7), lambda m: hc.plan_quantization(m, bits=8)])
+def test_rwkv_without_rescaling(make, tmp_path):
+    """What the refusal says to do is the same function, and is saved as it is."""
+    rwkv(rescale_every=2).save_pretrained(tmp_path / "dense")
+    ids = {"input_ids": BATCH["input_ids"]}
+    rescaled = outputs(T.RwkvForCausalLM.from_pretrained(tmp_path / "dense").eval(), ids)
+    model = T.RwkvForCausalLM.from_pretrained(tmp_path / "dense", rescale_every=0).eval()
+    torch.testing.assert_close(outputs(model, ids), rescaled, atol=1e-3, rtol=1e-3)
+    hc.apply_(model, make(model))
+    small = outputs(model, ids)
+    assert 0 < (small - rescaled).abs().max() < rescaled.abs().max()
+    model.save_pretrained(tmp_path / "small")
+    again = T.RwkvForCausalLM.from_pretrained(tmp_path / "small").eval()
+    assert torch.equal(outputs(again, ids), small) and torch.equal(outputs(again, ids), small)  # and not once more divided
 
 
 def test_heads_then_bits_in_umt5():

@@ -173,6 +173,8 @@ def random_plan(model: torch.nn.Module, edits: tuple[str, ...], seed: int = 0) -
     draw, structure, chosen = random.Random(seed), hc.discover(model), []
     if "heads" in edits:
         for i, a in enumerate(structure.attentions):
+            if a.num_heads == 1:
+                continue
             if a.num_key_value_heads == 1:
                 kept = sorted(draw.sample(range(a.num_heads), 1 + i % (a.num_heads - 1)))
             else:

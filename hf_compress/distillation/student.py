@@ -110,6 +110,8 @@ def _chosen(layers: Any, depths: dict[str, int]) -> dict[str, tuple[int, ...]]:
             if not isinstance(wanted, Sequence | range) or isinstance(wanted, str):
                 raise CompressionError(f"layers is a number of layers or a list of their indices, got {wanted!r}.")
             chosen[stack] = KeepLayers(tuple(wanted)).layers
+            if tuple(wanted) != chosen[stack]:
+                raise CompressionError(f"layers stay in their order, so their indices count upwards, got {list(wanted)}.")
             if chosen[stack][-1] >= depth:
                 raise CompressionError(f"{stack} has {depth} layers (0-{depth - 1}), got {chosen[stack][-1]}.")
     return chosen

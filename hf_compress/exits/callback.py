@@ -14,9 +14,11 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 
 from ..edits import AddExits, CompressionError, shown
-from ..host import calling_trainer, guard, restore_best, restore_what_stock_lost, unguard
+from ..host import calling_trainer, guard, refuse_drifting, restore_best, restore_what_stock_lost, unguard
 from ..plan import Plan
 from ..probe import owners_in
+from ..publish import card_in_
+from ..refusals import check_adapters
 from ..surgery import apply_
 from .options import check_edit, resolve_exits, without_last
 from .runtime import exit_options, replace_options_, set_exits_, take_exit_losses
@@ -99,6 +101,7 @@ class EarlyExitCallback(TrainerCallback):
     def on_init_end(self, args, state, control, model=None, **kwargs):
         trainer = calling_trainer()
         owner = _owner(model)
+        check_adapters(model)  # type: ignore[arg-type]
         if trainer is not None:
             _check_trainer(trainer, owner, self)
         known = exit_options(owner)
@@ -138,6 +141,7 @@ class EarlyExitCallback(TrainerCallback):
             raise CompressionError(
                 "Exits do not work in DataParallel, whose copies share state; start one process a GPU (torchrun)."
             )
+        refuse_drifting(trainer, type(self).__name__)
         if trainer is not None:
             restore_what_stock_lost(trainer, model)
         take_exit_losses(self.model)
@@ -165,7 +169,7 @@ class EarlyExitCallback(TrainerCallback):
         if losses:
             means = {name: _mean_over_processes(loss).item() for name, loss in losses.items()}
             if self._trainer is not None:
-                self._trainer.log(means)
+                Trainer.log(self._trainer, means)  # a subclass's log would write averages of its own twice (TRL)
 
     def on_prediction_step(self, args, state, control, eval_dataloader=None, **kwargs):
         exits = None if self.model is None else self.model.__dict__.get("_exits")
@@ -182,7 +186,7 @@ class EarlyExitCallback(TrainerCallback):
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
         depth = self._add_mean_depth(metrics)
         if depth and self._trainer is not None:
-            self._trainer.log(depth)  # the Trainer has logged its metrics by now
+            Trainer.log(self._trainer, depth)  # the Trainer has logged its metrics by now
 
     def on_predict(self, args, state, control, metrics=None, **kwargs):
         self._add_mean_depth(metrics)
@@ -196,6 +200,9 @@ class EarlyExitCallback(TrainerCallback):
         depth = {f"{prefix.removesuffix('_runtime')}_mean_exit_depth": ran[1].item() / ran[2]}
         metrics.update(depth)
         return depth
+
+    def on_push_begin(self, args, state, control, **kwargs):
+        card_in_(calling_trainer(), None)
 
     def on_train_end(self, args, state, control, model=None, **kwargs):
         if self.model is None:

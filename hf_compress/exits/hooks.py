@@ -7,12 +7,15 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.utils import logging
 
 from ..edits import CompressionError
 from .criteria import CRITERIA
 from .heads import tokens_to_read
 from .leaving import Pass
 from .losses import IGNORED, class_labels, cross_entropies, exit_weights, self_distillation, uses_num_items
+
+logger = logging.get_logger(__name__)
 
 PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens")  # several sequences in one row: a row is no example
 
@@ -56,7 +59,13 @@ def begin(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple,
     if model.training and not collecting:
         if inputs.get("labels") is None:
             return None
-    elif not collecting and (not state.enabled or _wants_all(model, inputs)):
+    elif not collecting and not state.enabled:
+        return None
+    elif not collecting and _wants_all(model, inputs):
+        logger.warning_once(
+            f"No row leaves this {type(model).__name__} early in a forward that asks for hidden states, attentions or a cache: "
+            "rows that left would have none from the later layers. All rows go through all layers there."
+        )
         return None
     for name in PACKED:
         if inputs.get(name) is not None:

@@ -12,8 +12,20 @@ from transformers.utils import logging
 
 from ..discover import nearest
 from ..edits import CompressionError
-from ..host import calling_trainer, guard, refuse_sharded, restore_best, restore_what_stock_lost, saved_in, unguard
+from ..host import (
+    calling_trainer,
+    guard,
+    refuse_drifting,
+    refuse_sharded,
+    restore_best,
+    restore_what_stock_lost,
+    resumed_from,
+    saved_in,
+    unguard,
+)
 from ..plan import Plan
+from ..publish import card_in_
+from ..refusals import check_adapters
 from .run import PruningRun
 from .schedules import SCHEDULES
 from .select import check_options, check_seed
@@ -57,8 +69,8 @@ class PruningCallback(TrainerCallback, ExportableState):
 
     Raises:
         CompressionError: at construction, options that mean nothing; when training begins, a model that cannot be cut
-            exactly, FSDP or DeepSpeed (which shard the weights that are scored), a frozen projection under a gradient
-            score, or a second `PruningCallback`.
+            exactly, adapters (PEFT), FSDP or DeepSpeed (which shard the weights that are scored), several processes without
+            averaged gradients, a frozen projection under a gradient score, or a second `PruningCallback`.
 
     Example:
 
@@ -139,10 +151,17 @@ class PruningCallback(TrainerCallback, ExportableState):
             raise CompressionError("PruningCallback was given no model: add it to a Trainer.")
         trainer = calling_trainer()
         refuse_sharded(trainer, model, type(self).__name__)
+        check_adapters(model)
+        refuse_drifting(trainer, type(self).__name__)
         others = [] if trainer is None else [c for c in trainer.callback_handler.callbacks if c is not self]
         if any(isinstance(other, PruningCallback) for other in others):
             raise CompressionError("Two PruningCallbacks in one Trainer would gate the same weights; use one.")
         saved = self.saved or saved_in(state, type(self).__name__)
+        if self.plan is not None and trainer is not None and not resumed_from(trainer):
+            logger.warning(
+                f"{self!r} has cut a model already; this training removes the same fractions of what is left. Take it out of "
+                "the Trainer (trainer.remove_callback) to train on without pruning."
+            )
         self.saved, self.plan, self._run = None, None, None
         if trainer is not None:
             restore_what_stock_lost(trainer, model)
@@ -173,6 +192,9 @@ class PruningCallback(TrainerCallback, ExportableState):
             state.best_metric = None
             state.best_model_checkpoint = None
             state.best_global_step = None
+
+    def on_push_begin(self, args, state, control, **kwargs):
+        card_in_(calling_trainer(), self.plan)
 
     def on_train_end(self, args, state, control, model=None, optimizer=None, **kwargs):
         run, trainer = self._run, self._run.trainer if self._run else None

@@ -222,7 +222,7 @@ def _frozen(model: nn.Module, outs: Iterable[str], gate: Callable[[str, torch.Te
     training = [m for m in model.modules() if m.training]
     trainable = [p for p in model.parameters() if p.requires_grad]
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     kind = getattr(config, "problem_type", None)  # a forward with labels writes its guess here
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices))

@@ -224,7 +224,7 @@ class PruningRun:
                 self.alive[name][units] = True
         self._write_gates()
         if self.trainer is not None:
-            self.trainer.log(self._shares())
+            Trainer.log(self.trainer, self._shares())  # a subclass's log empties averages of its own (TRL)
 
     def _ranking(self) -> dict[str, torch.Tensor]:
         """The scores by block, the same on every rank."""

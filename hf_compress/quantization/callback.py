@@ -13,16 +13,30 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import Trainer, TrainerCallback
+from transformers.utils import logging
 
 from ..edits import CompressionError, Quantize
-from ..host import calling_trainer, guard, refuse_sharded, restore_best, restore_what_stock_lost, resumed_from, unguard
+from ..host import (
+    calling_trainer,
+    guard,
+    refuse_drifting,
+    refuse_sharded,
+    restore_best,
+    restore_what_stock_lost,
+    resumed_from,
+    unguard,
+)
 from ..modules import is_gated
 from ..plan import Plan
-from ..planners import HEADS, plan_quantization
+from ..planners import HEADS, check_choice, plan_quantization
 from ..pruning.callback import PruningCallback
+from ..publish import card_in_
+from ..refusals import check_adapters
 from ..substitute import sharers
 from ..surgery import apply_
 from .fake import fake_, is_fake, observe_, scales_of, unfake_
+
+logger = logging.get_logger(__name__)
 
 SCALES_FILE = "quantization_scales.safetensors"
 
@@ -41,7 +55,8 @@ class QuantizationCallback(TrainerCallback):
     Args:
         bits (`int`): 8, 4, 3 or 2; see `Quantize`.
         embeddings (`bool`, defaults to `True`): embeddings too.
-        skip (`str`, *optional*): what stays in full precision; see `plan_quantization`.
+        skip, modules (`str`, *optional*): regular expressions on names: what stays in full precision, and the only modules
+            that are quantized; see `plan_quantization`.
         group_size, activations, decode: see `Quantize`.
         start (`float`, defaults to 0.0): the fraction of the training after which rounding begins.
         freeze (`float`, defaults to 0.9): the fraction after which scales stay.
@@ -68,6 +83,7 @@ class QuantizationCallback(TrainerCallback):
         *,
         embeddings: bool = True,
         skip: str | None = HEADS,
+        modules: str | None = None,
         group_size: int | None = None,
         activations: str | None = None,
         decode: str = "load",
@@ -77,6 +93,7 @@ class QuantizationCallback(TrainerCallback):
         inputs: Mapping[str, Any] | None = None,
     ) -> None:
         Quantize("any", bits, group_size, activations, decode)  # refuses what it would
+        check_choice(embeddings, skip, modules, inputs)
         numbers = all(isinstance(x, int | float) and not isinstance(x, bool) for x in (start, freeze))
         if not numbers or not 0 <= start <= freeze <= 1:
             raise CompressionError(
@@ -88,6 +105,7 @@ class QuantizationCallback(TrainerCallback):
             "bits": bits,
             "embeddings": embeddings,
             "skip": skip,
+            "modules": modules,
             "group_size": group_size,
             "activations": activations,
             "decode": decode,
@@ -111,6 +129,8 @@ class QuantizationCallback(TrainerCallback):
             raise CompressionError("QuantizationCallback was given no model: add it to a Trainer.")
         trainer = calling_trainer()
         refuse_sharded(trainer, model, type(self).__name__)
+        check_adapters(model)
+        refuse_drifting(trainer, type(self).__name__)
         for other in [] if trainer is None else trainer.callback_handler.callbacks:
             if other is not self and isinstance(other, PruningCallback | QuantizationCallback):
                 raise CompressionError(
@@ -157,10 +177,17 @@ class QuantizationCallback(TrainerCallback):
             tensors = {**self._tensors(), "frozen": torch.tensor(self._frozen)}
             save_file(tensors, os.fspath(folder / SCALES_FILE), metadata=how)
 
+    def on_push_begin(self, args, state, control, **kwargs):
+        card_in_(calling_trainer(), self.plan)
+
     def on_train_end(self, args, state, control, **kwargs):
         if self._model is None:
             return
         if not self._modules:
+            logger.warning(
+                f"Training ended before rounding began (start={self.start} of {state.max_steps} steps): the model is quantized "
+                "as after training, without having felt it. Set `start` lower, or train longer."
+            )
             self._round(None)
         best = state.best_model_checkpoint
         if args.load_best_model_at_end and best is not None:
@@ -229,8 +256,8 @@ class QuantizationCallback(TrainerCallback):
         missing = [edit.module for edit in self._planned if f"{edit.module}.weight_scale" not in names]
         if missing:
             raise CompressionError(
-                f"The checkpoint has no scale for {missing[0]!r} (of {len(missing)}): it was trained with another skip= or "
-                "embeddings=. Resume with the options that the run began with."
+                f"The checkpoint has no scale for {missing[0]!r} (of {len(missing)}): it was trained with another skip=, "
+                "modules= or embeddings=. Resume with the options that the run began with."
             )
 
     def _load(self, checkpoint: Any) -> bool:

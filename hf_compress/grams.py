@@ -1,0 +1,99 @@
+"""Gram matrices X^T X of what enters Linear layers, over calibration batches: what whitens a low-rank fit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from .edits import CompressionError, LowRank
+from .modules import width
+from .probe import quiet_run
+
+GRAM_BYTES = 2 << 30  # Gram matrices that are held at a time; more modules take more passes over the batches
+
+
+def grams_of(
+    model: nn.Module, found: Mapping[str, nn.Module], edits: list[LowRank], batches: list[Mapping[str, Any]]
+) -> Iterator[tuple[LowRank, torch.Tensor]]:
+    """The Gram matrix X^T X of the inputs of each module, as many at a time as fit into `GRAM_BYTES`."""
+    pending = list(edits)
+    while pending:
+        chunk, size = [], 0
+        while pending and (not chunk or size + 4 * width(found[pending[0].module], 1) ** 2 <= GRAM_BYTES):
+            size += 4 * width(found[pending[0].module], 1) ** 2
+            chunk.append(pending.pop(0))
+        grams = measure_grams(model, {edit.module: found[edit.module] for edit in chunk}, batches)
+        for edit in chunk:
+            if edit.module not in grams:
+                continue
+            if not bool(grams[edit.module].any()):
+                raise CompressionError(
+                    f"The inputs of {edit.module!r} are all zero on these batches, or their attention_mask hides every row."
+                )
+            if not bool(torch.isfinite(grams[edit.module]).all()):
+                raise CompressionError(f"The inputs of {edit.module!r} are not finite on these batches.")
+            yield edit, grams[edit.module]
+
+
+def checked_batches(batches: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Batches as a list, or a refusal."""
+    if isinstance(batches, str | Mapping | torch.Tensor) or not isinstance(batches, Iterable):
+        raise CompressionError(f"batches must be a sequence of dicts, as for model(**batch), got {type(batches).__name__}.")
+    found = list(batches)
+    for batch in found:
+        if not isinstance(batch, Mapping):
+            raise CompressionError(f"A batch must be a dict, as for model(**batch), got {type(batch).__name__}.")
+    if not found:
+        raise CompressionError("batches is empty; a few hundred rows are enough.")
+    return found
+
+
+def measure_grams(
+    model: nn.Module, modules: Mapping[str, nn.Module], batches: list[Mapping[str, Any]]
+) -> dict[str, torch.Tensor]:
+    grams: dict[str, torch.Tensor] = {}
+    leader: dict[str, str] = {}  # query, key and value read one tensor: it is multiplied once
+    last: list[Any] = [None, ""]
+    masks: dict[str, torch.Tensor | None] = {}
+    two_sided = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+    device = next(model.parameters()).device
+
+    def hook(name: str) -> Callable[..., None]:
+        def before(module: nn.Module, args: Any) -> None:
+            x = args[0]
+            mask = masks["decoder" if "decoder" in name.split(".") else "encoder"]
+            owner = leader.setdefault(name, last[1] if x is last[0] else name)
+            last[:] = [x, owner]
+            if owner != name:
+                return
+            rows = x[mask.bool()] if mask is not None and x.shape[:2] == mask.shape else x
+            rows = rows.reshape(-1, x.shape[-1]).float()
+            if name in grams:
+                grams[name].addmm_(rows.T, rows)
+            else:
+                grams[name] = rows.T @ rows
+
+        return before
+
+    with quiet_run(model) as run, ExitStack() as stack:
+        for name, module in modules.items():
+            stack.callback(module.register_forward_pre_hook(hook(name)).remove)
+        for batch in tqdm(batches, desc="calibrate", unit="batch", leave=False, disable=None, delay=3):
+            batch = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items() if "label" not in str(k)}
+            for side, key in (("encoder", ""), ("decoder", "decoder_" if two_sided else "")):
+                found = batch.get(f"{key}attention_mask")
+                masks[side] = found if isinstance(found, torch.Tensor) and found.ndim == 2 else None
+            try:
+                run(batch)
+            except Exception as error:  # a model may refuse a batch in any way
+                raise CompressionError(
+                    f"{type(model).__name__} does not run on a batch ({', '.join(map(str, batch))}): "
+                    f"{type(error).__name__}: {error}"
+                ) from error
+            last[:] = [None, ""]
+    return {name: grams[leader[name]] for name in modules if leader.get(name) in grams}

@@ -1,0 +1,231 @@
+"""A recipe's model and data, opened and tried: what would fail after hours of training fails here, with its line."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+from ..edits import CompressionError
+from .data import locate, open_data
+from .labels import find_labels
+from .metrics import DEFAULTS, Metric, find_metric
+from .reading import Key
+from .schema import Recipe, guess, one_line
+from .sentences import pooling_of
+from .steps import STEPS, check_teacher
+from .tasks import TASKS, Setup, first_block, quiet
+
+
+def open_recipe(recipe: Recipe) -> tuple[Setup, tuple[Metric, ...]]:
+    """What a recipe's steps need: model, data, processor, metrics, all known to be there and to fit each other.
+
+    Raises:
+        RecipeError: a model, file, split or column that is not there; a metric that does not fit the task.
+    """
+    from transformers import AutoConfig
+
+    source, task = recipe.source, TASKS[recipe.task]
+    key: Key = ("model", "id") if ("model", "id") in source.lines else ("model",)
+    path = locate(recipe.model, source)
+    name = os.fspath(path) if path.is_dir() else recipe.model
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise source.error(key, f"the folder {recipe.model!r} holds no model: it has no config.json.")
+    try:
+        config = AutoConfig.from_pretrained(name, revision=recipe.revision)
+    except CompressionError as error:
+        raise source.error(key, one_line(error)) from error
+    except Exception as error:  # what a download, a parser or a config's own checks raise
+        raise source.error(key, f"cannot load the model {recipe.model!r}: {first_line(error)}") from error
+    options = recipe.data
+    processor = _processor(name, recipe, task.reads, key)
+    if task.reads == "text":
+        options = replace(options, max_length=_length(recipe, config, processor))
+    data = open_data(options, task.columns, source, recipe.seed)
+    if task.reads == "audio":
+        data = _undecoded(data)
+    trained = _has_head(config, task)
+    labels, kind, changes = None, "loss", {}
+    if task.wanted:
+        known = list((getattr(config, "id2label", None) or {}).values()) if trained else []
+        labels = find_labels(data, options, _wanted(recipe, task.wanted), known, source)
+        kind = labels.kind
+        if recipe.task != "sentence-similarity":
+            changes, trained = _head(labels, config, trained)
+    pooling = pooling_of(name, recipe.revision) if recipe.task == "sentence-similarity" else "mean"
+    setup = Setup(
+        recipe.task, task, data, options, labels, processor, kind, name, recipe.revision, changes,
+        bool(task.wanted) and not trained and recipe.task != "sentence-similarity", recipe.seed, pooling,
+    )  # fmt: skip
+    if kind == "loss":
+        for split in ("train", "measured"):
+            if not first_block(setup, split) and len(list(setup.rows(split))) == 0:
+                raise source.error(("data",), f"the {split} rows hold no text.")
+    metrics = []
+    for i, wanted in enumerate(recipe.metric or (DEFAULTS[kind],)):
+        try:
+            metrics.append(find_metric(wanted, kind, recipe.task))
+        except CompressionError as error:
+            place: Key = ("metric", i) if ("metric", i) in source.lines else ("metric",)
+            raise source.error(place, one_line(error)) from error
+    if setup.fresh and not (recipe.steps[0].trains and recipe.steps[0].name in ("finetune", "distill")):
+        raise source.error(
+            ("steps", 0),
+            f"{recipe.model!r} has no trained head for {recipe.task} with these labels, so what this step does to it would "
+            "mean nothing: begin with finetune.",
+        )
+    try:
+        next(iter(setup.batches("train", 2)))
+        next(iter(setup.batches("measured", 2)))
+    except CompressionError as error:
+        raise source.error(("data",), one_line(error)) from error
+    except Exception as error:  # a tokenizer or image processor fails in its own ways
+        raise source.error(("data",), f"the first rows make no batch: {first_line(error)}") from error
+    return setup, tuple(metrics)
+
+
+def rehearse(recipe: Recipe, setup: Setup) -> None:
+    """Change the model as the steps will, without training or scoring: an order that `apply_` would refuse shows here.
+
+    Raises:
+        RecipeError: the first step that does not fit what the ones before it leave, with its line.
+    """
+    with quiet():
+        _rehearse(recipe, setup)
+
+
+def _rehearse(recipe: Recipe, setup: Setup) -> None:
+    source = recipe.source
+    try:
+        model = setup.load()
+    except Exception as error:
+        raise source.error(("model",), f"cannot load the model {recipe.model!r}: {first_line(error)}") from error
+    first = model
+    for i, step in enumerate(recipe.steps):
+        key: Key = ("steps", i, step.name)
+        try:
+            before = model
+            if step.name == "distill" and "layers" in step.options:
+                model = STEPS[step.name].rehearse(step, model, setup)
+            if step.trains and step.teacher is not None:
+                other = step.teacher not in ("finetuned", "previous")
+                teacher = load_teacher(step.teacher, setup, recipe, (*key, "teacher")) if other else None
+                if teacher is not None:
+                    check_teacher(step, model, teacher, setup)
+                elif before is first and model is first and i == 0 and setup.fresh:
+                    raise CompressionError("teacher: the model itself, whose head is new and knows nothing; finetune first.")
+            if not (step.name == "distill" and "layers" in step.options):
+                model = STEPS[step.name].rehearse(step, model, setup)
+        except CompressionError as error:
+            if str(error).startswith(f"{source.name}:"):
+                raise
+            raise source.error(guess(key, step.options, str(error)), f"step {i + 1}, {step.name}: {one_line(error)}") from error
+
+
+def load_teacher(name: str, setup: Setup, recipe: Recipe, key: Key) -> Any:
+    """A teacher that a recipe names: a folder or a Hub id."""
+    import transformers
+
+    path = locate(name, recipe.source)
+    auto: Any = getattr(transformers, setup.task.auto)
+    try:
+        return auto.from_pretrained(path if path.is_dir() else name)
+    except Exception as error:
+        raise recipe.source.error(key, f"cannot load the teacher {name!r}: {first_line(error)}") from error
+
+
+@contextmanager
+def bars_where_seen() -> Iterator[None]:
+    """No progress bars of the libraries below where the output is not a terminal."""
+    from datasets.utils import logging as of_datasets
+    from transformers.utils import logging as of_transformers
+
+    libraries = [of_datasets, of_transformers] if not sys.stderr.isatty() else []
+    libraries = [library for library in libraries if library.is_progress_bar_enabled()]
+    for library in libraries:
+        library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for library in libraries:
+            library.enable_progress_bar()
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what went wrong, with its kind."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0] if lines else 'no reason given'}"[:300]
+
+
+def _processor(name: str, recipe: Recipe, reads: str, key: Key) -> Any:
+    from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoTokenizer
+
+    kind: Any = {"text": AutoTokenizer, "image": AutoImageProcessor, "audio": AutoFeatureExtractor}[reads]
+    try:
+        found = kind.from_pretrained(name, revision=recipe.revision)
+    except Exception as error:
+        what = {"text": "tokenizer", "image": "image processor", "audio": "feature extractor"}[reads]
+        raise recipe.source.error(key, f"the model {recipe.model!r} has no {what} that loads: {first_line(error)}") from error
+    if reads == "text":
+        if found.pad_token is None and found.eos_token is not None:
+            found.pad_token = found.eos_token
+        if found.pad_token is None and recipe.task != "text-generation":
+            raise recipe.source.error(
+                key, "its tokenizer has neither a padding nor an end-of-text token, so texts of several lengths make no batch."
+            )
+        if recipe.task == "token-classification" and not found.is_fast:
+            raise recipe.source.error(key, "token-classification needs a fast tokenizer, which knows where words begin.")
+    return found
+
+
+def _length(recipe: Recipe, config: Any, processor: Any) -> int:
+    """Tokens a text is cut to, all lengths of the recipe being within what the model reads."""
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    most = min(processor.model_max_length, getattr(text, "max_position_embeddings", None) or 10**9)
+    asked: list[tuple[Key, Any]] = [(("data", "max_length"), recipe.data.max_length)]
+    asked += [(("steps", i, step.name, "length"), step.options.get("length")) for i, step in enumerate(recipe.steps)]
+    for key, length in asked:
+        if length is not None and length > most:
+            raise recipe.source.error(key, f"{key[-1]} is {length}, and this model reads at most {most} tokens.")
+    return recipe.data.max_length or min(128, most)
+
+
+def _undecoded(data: Any) -> Any:
+    """Sounds as bytes and paths: decoding them in `datasets` needs a package of its own."""
+    from datasets import Audio
+
+    column = data.columns["audio"]
+    for name, rows in data.splits.items():
+        if isinstance(rows.features[column], Audio):
+            data.splits[name] = rows.cast_column(column, Audio(decode=False))
+    return data
+
+
+def _wanted(recipe: Recipe, wanted: str) -> str:
+    """A metric of numbers says that whole numbers are no classes."""
+    numbers = ("pearson", "spearman", "mse", "pearsonr", "spearmanr")
+    return "numbers" if wanted == "any" and recipe.metric and recipe.metric[0] in numbers else wanted
+
+
+def _has_head(config: Any, task: Any) -> bool:
+    found = getattr(config, "architectures", None) or [""]
+    return found[0].endswith(task.endings)
+
+
+def _head(labels: Any, config: Any, trained: bool) -> tuple[dict[str, Any], bool]:
+    """What the config must be told, and whether the head that the model has fits the labels."""
+    problems = {"classes": "single_label_classification", "labels": "multi_label_classification", "numbers": "regression"}
+    count = 1 if labels.kind == "numbers" else len(labels.names)
+    changes: dict[str, Any] = {"problem_type": problems[labels.kind]} if labels.kind in problems else {}
+    trained = trained and getattr(config, "num_labels", None) == count
+    named = [str(name) for name in (getattr(config, "id2label", None) or {}).values()]
+    if labels.kind == "numbers":
+        return ({**changes, "num_labels": 1} if not trained else changes), trained
+    if not trained or named != list(labels.names):
+        changes |= {"id2label": dict(enumerate(labels.names)), "label2id": {n: i for i, n in enumerate(labels.names)}}
+    if not trained:
+        changes["num_labels"] = count
+    return changes, trained
