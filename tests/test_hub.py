@@ -110,7 +110,7 @@ def test_branches_and_pull_requests(hub, user):
 
 FAILURES = {  # what is asked -> what the message says
     "a token that is none": (dict(token="wrong"), "401: Invalid credentials.*hf auth login"),
-    "a token that may only read": (dict(token="hf_alice.read", repo_id="alice/unwritable"), "403: .*rights.*role 'write'"),
+    "a token that may only read": (dict(token="hf_alice.read", repo_id="alice/unwritable"), "403: .*rights.*write role"),
     "a repository of somebody else": (
         dict(repo_id="bob/theirs"),
         "403: You don't have the rights to write to bob/theirs.*create_pr",
@@ -292,7 +292,7 @@ def test_what_a_training_leaves_stays_here(hub, user, tmp_path):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("x")
     user("push_folder", folder=str(tmp_path), repo_id="alice/left")
-    paths = set(hub.store.paths("alice/left"))
+    paths = set(hub.store.paths("alice/left")) - {"kept.png"}  # drawn where matplotlib is installed
     assert paths == {
         ".gitattributes",
         "README.md",

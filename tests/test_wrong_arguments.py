@@ -222,6 +222,19 @@ CALLS = [
     (lambda m, e: hc.init_student(m, 2, inputs=5), "inputs", "int"),
     (lambda m, e: hc.with_quantizer("out", None), "TorchAoConfig", "NoneType"),
     (lambda m, e: hc.with_quantizer("out", "nf4"), "TorchAoConfig", "str"),
+    # --- publishing
+    (lambda m, e: hc.Report.load(5), "Report.load", "got 5"),
+    (lambda m, e: hc.Report.load("nowhere"), "report", "nowhere"),
+    (lambda m, e: hc.render_card(None), "Plan", "NoneType"),
+    (lambda m, e: hc.render_card(PLAN, {"metric": 1}), "Report", "dict"),
+    (lambda m, e: hc.dequantize_(m), "quantized", "nothing to dequantize"),
+    (lambda m, e: hc.dequantize_(5), "model", "int"),
+    (lambda m, e: hc.push_to_hub(5, "me/x"), "model", "int"),
+    (lambda m, e: hc.push_to_hub(m, "me/x/y"), "me/x/y", "repo"),
+    (lambda m, e: hc.push_to_hub(m, 5), "repo_id", "5"),
+    (lambda m, e: hc.run_recipe(5), "recipe", "int"),
+    (lambda m, e: hc.run_recipe("nowhere.yaml"), "nowhere.yaml:1", "no such file"),
+    (lambda m, e: hc.run_recipe({"modle": "x"}), "modle", "did you mean 'model'"),
     # --- callbacks and trainers
     (lambda m, e: hc.EarlyExitCallback(1), "after", "got 1"),
     (lambda m, e: hc.EarlyExitCallback([0], "margin"), "criterion 'margin'"),
@@ -307,8 +320,8 @@ def test_what_would_change_is_seen():
 
 def test_every_public_name_is_called_wrongly():
     called = {name for call in (*(row[0] for row in CALLS), tune, distilling) for name in call.__code__.co_names}
-    # an error, what `discover` and `measure` give, and classes whose arguments are those of transformers
-    not_called = {"CompressionError", "Structure", "Report", "CompressionTrainer", "DistillationMixin"}
+    # errors, what `discover` gives, and classes whose arguments are those of transformers
+    not_called = {"CompressionError", "PushError", "RecipeError", "Structure", "CompressionTrainer", "DistillationMixin"}
     assert set(hc.__all__) - called <= not_called, "a new public name comes with its wrong calls"
 
 
