@@ -1,5 +1,13 @@
 """Make any Hub model smaller and faster, in the Trainer you already have, and give it back to the Hub."""
 
+import logging as _logging
+import sys as _sys
+
+if _sys.argv[0] == "-m" or _sys.argv[0].replace("\\", "/").rpartition("/")[2].startswith("hf-compress"):
+    # our command line answers in one line; these tell, while transformers imports them, which of their kernels are missing
+    for _name in ("torchao", "bitsandbytes", "torch.utils._pytree"):
+        _logging.getLogger(_name).setLevel(_logging.ERROR)
+
 from . import loader as _loader  # noqa: F401  registers the loader with transformers
 from .card import render_card
 from .discover import Structure, discover
