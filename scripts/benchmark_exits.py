@@ -12,6 +12,7 @@ import argparse
 import json
 import logging
 import platform
+import sys
 import time
 from pathlib import Path
 
@@ -47,9 +48,14 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3, help="passes over the test split that are timed")
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--train-rows", type=int, default=None, help="train on the first so many sentences only")
+    parser.add_argument(
+        "--reuse", action="store_true", help="tune and time the models of an earlier run again, without training"
+    )
     parser.add_argument("--quick", action="store_true", help="few rows, one pass: does it run?")
     args = parser.parse_args()
     sst2.need(args.data, args.dense)
+    if args.reuse and not all((Path(args.output) / f"exits-{seed}" / "config.json").is_file() for seed in args.seeds):
+        sys.exit(f"--reuse: {args.output} has no model for every seed of {args.seeds}; run without it first.")
     logging.basicConfig(level=logging.WARNING)
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -69,34 +75,15 @@ def main() -> None:
     runs = []
     for seed in args.seeds:
         set_seed(seed)
-        model = AutoModelForSequenceClassification.from_pretrained(args.dense)
-        callback = hc.EarlyExitCallback(args.after or range(depth - 1), distil=args.distil)
-        trainer = Trainer(
-            model,
-            TrainingArguments(
-                str(output / "scratch"),
-                per_device_train_batch_size=32,
-                num_train_epochs=args.epochs,
-                learning_rate=args.learning_rate,
-                warmup_steps=10,
-                seed=seed,
-                save_strategy="no",
-                logging_steps=50,
-                report_to=[],
-                use_cpu=not torch.cuda.is_available(),
-            ),
-            train_dataset=splits["train"],  # type: ignore[arg-type]
-            data_collator=DataCollatorWithPadding(tokenizer),
-            callbacks=[callback],
-        )
         start = time.perf_counter()
-        trainer.train()
-        seconds = time.perf_counter() - start
+        folder = output / f"exits-{seed}"
+        model = AutoModelForSequenceClassification.from_pretrained(folder) if args.reuse else train(args, splits, collate, seed)
+        seconds = None if args.reuse else time.perf_counter() - start
         model.eval()
         with exits_off(model):
             full = {split: accuracy(model, splits[split], collate) for split in ("dev", "test")}
         run = {"seed": seed, "train_seconds": seconds, "full_accuracy": full, "criteria": {}}
-        print(f"seed {seed}: trained in {seconds:.0f} s; all layers: {full}", flush=True)
+        print(f"seed {seed}: trained in {seconds} s; all layers: {full}", flush=True)
         # one point of the model that was there before may be lost, not one of the jointly trained one's
         allowed = max(0.0, full["dev"] - dense_accuracy["dev"] + args.max_drop)
         dev = list(batches(splits["dev"], 64, collate))
@@ -120,8 +107,8 @@ def main() -> None:
                     f"layers alone would allow {depth / row['mean_depth']:.2f}x)",
                     flush=True,
                 )
-        trainer.save_model(str(output / f"exits-{seed}"))
-        loaded = AutoModelForSequenceClassification.from_pretrained(output / f"exits-{seed}").eval()
+        model.save_pretrained(folder)  # with the threshold that was found last
+        loaded = AutoModelForSequenceClassification.from_pretrained(folder).eval()
         batch = {k: v for k, v in dev[0].items() if k != "labels"}
         with torch.no_grad():
             run["reload_equal"] = torch.equal(loaded(**batch).logits, model(**batch).logits)
@@ -136,6 +123,33 @@ def main() -> None:
     }
     (output / "benchmark_exits.json").write_text(json.dumps(result, indent=1) + "\n")
     print(f"written: {output / 'benchmark_exits.json'}")
+
+
+def train(args, splits, collate, seed: int):
+    """The dense model with exits, both trained for `--epochs`; kept in the output folder."""
+    model = AutoModelForSequenceClassification.from_pretrained(args.dense)
+    depth = model.config.num_hidden_layers
+    trainer = Trainer(
+        model,
+        TrainingArguments(
+            str(Path(args.output) / "scratch"),
+            per_device_train_batch_size=32,
+            num_train_epochs=args.epochs,
+            learning_rate=args.learning_rate,
+            warmup_steps=10,
+            seed=seed,
+            save_strategy="no",
+            logging_steps=50,
+            report_to=[],
+            use_cpu=not torch.cuda.is_available(),
+        ),
+        train_dataset=splits["train"],  # type: ignore[arg-type]
+        data_collator=collate,
+        callbacks=[hc.EarlyExitCallback(args.after or range(depth - 1), distil=args.distil)],
+    )
+    trainer.train()
+    trainer.save_model(str(Path(args.output) / f"exits-{seed}"))
+    return model
 
 
 @torch.no_grad()
