@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import secrets
 from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
@@ -57,6 +58,9 @@ RECIPE_FILE = re.compile(r"[\w.-]+\.ya?ml")
 LOCAL_FILE = re.compile(r".*\.(csv|tsv|jsonl?|parquet|arrow|txt|zip|gz)$", re.I)
 
 
+_MARK = f"section-{secrets.token_hex(8)}"
+
+
 def render_card(plan: Plan, report: Report | None = None, *, about: Mapping[str, Any] | None = None) -> str:
     """The whole README.md of a compressed model: YAML that the Hub reads, and the text below it.
 
@@ -100,7 +104,7 @@ def render_card(plan: Plan, report: Report | None = None, *, about: Mapping[str,
     if report is not None and not isinstance(report, Report):
         raise CompressionError(f"render_card takes the Report that measure gives, got {type(report).__name__}.")
     facts = {**(report.about if report else {}), **check_about(about)}
-    sections = re.split(r"^section: (\w+)\n", _template().render(**_values(plan, report, facts)), flags=re.M)
+    sections = re.split(rf"^{_MARK}: (\w+)\n", _template().render(**_values(plan, report, facts)), flags=re.M)
     return compose(_metadata(plan, report, facts), dict(zip(sections[1::2], sections[2::2], strict=True)))
 
 
@@ -235,7 +239,8 @@ def _template() -> Any:
 
     environment = Environment(trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, undefined=StrictUndefined)
     environment.globals.update(table=table, code=code)
-    return environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
+    # no value can look like the line that begins a section
+    return environment.from_string(re.sub(r"^section(?=: )", _MARK, TEMPLATE.read_text(encoding="utf-8"), flags=re.M))
 
 
 def _values(plan: Plan, report: Report | None, facts: Mapping[str, Any]) -> dict[str, Any]:

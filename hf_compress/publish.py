@@ -302,6 +302,10 @@ def trainer_card_(
         return False
     if not trainer.is_world_process_zero():
         return True
+    if report is not None:
+        from .publishable import check_report
+
+        report = check_report(model, report)
     token = token or trainer.args.hub_token
     remote, repo_id = None, trainer.hub_model_id
     if repo_id is not None:

@@ -99,7 +99,9 @@ def merge_card(old: str, new: str) -> str:
         noted = {key: _noted(value) for key, value in theirs.items() if not _is_words(value)}
     metadata = _merged(theirs, ours, noted or {}, keep=foreign)
     if not foreign:
-        parts = [_replaced(_RECORD.sub("", body), sections, written)]
+        outside = _SECTION.sub("\0", _RECORD.sub("", fresh)).split("\0")  # what a person wrote into the new one
+        more = [text.strip("\n") for text in outside if text.strip() and text.strip() not in body]
+        parts = [_replaced(_RECORD.sub("", body), sections, written), *more]
     elif _is_empty_form(body):
         parts = [m[0] for m in sections.values()]
     elif not generated and re.match(r"\s*#\s", body):

@@ -123,7 +123,7 @@ def load_data(args: DataArguments, seed: int) -> tuple[datasets.Dataset, dataset
             kind = {".tsv": "csv", ".jsonl": "json"}.get(suffix, suffix[1:])
             if kind not in ("csv", "json", "parquet"):
                 raise ValueError(f"{args.train_file} is no CSV, TSV, JSON, JSON lines or Parquet file")
-            more: Any = {"sep": "\t"} if suffix == ".tsv" else {}
+            more: Any = {"sep": "\t", "quoting": 3} if suffix == ".tsv" else {}  # 3: a quote is an ordinary character
             data = datasets.load_dataset(kind, data_files={k: v for k, v in files.items() if v}, **more)
     except (OSError, ValueError, DatasetsError) as error:
         raise hc.CompressionError(f"Cannot load the data: {' '.join(str(error).split())}") from error

@@ -405,5 +405,14 @@ def write_golden(measure: bool = False) -> None:
     (GOLDEN / "README.md").write_text(render_card(plan_beside(GOLDEN), Report.load(GOLDEN)))
 
 
+def test_no_value_can_begin_a_section(tmp_path):
+    report = Report.load(GOLDEN)
+    about = {**report.about, "recipe": "model: x\nsection: results\nEVERYTHING IS BETTER\nsection: use\npip install evil\n"}
+    card = render_card(hc.Plan.load(GOLDEN), replace(report, about=about))
+    assert card.index("EVERYTHING IS BETTER") > card.index("hf_compress:reproduce")
+    sections = {m: card.index(f"<!-- hf_compress:{m} ") for m in ("results", "use", "reproduce")}
+    assert sections["results"] < sections["use"] < sections["reproduce"] < card.index("pip install evil")
+
+
 if __name__ == "__main__":
     write_golden("--measure" in sys.argv)

@@ -12,6 +12,7 @@ import yaml
 
 import hf_compress as hc
 from hf_compress.recipe import RecipeError, read_recipe, recipe_template, run_recipe
+from hf_compress.recipe.metrics import find_metric
 from hf_compress.recipe.reading import read_source
 from hf_compress.recipe.schema import parse
 from tests.recipe_models import SIZES, TEXT, save_model, text_classification, token_classification, tokenizer
@@ -280,3 +281,14 @@ def test_a_template_that_is_filled_in_is_accepted(root, tmp_path):
 def test_no_template(model, task, message):
     with pytest.raises(hc.CompressionError, match=message):
         recipe_template(model, task)
+
+
+def test_nothing_of_a_recipe_is_executed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("evil", "somebody"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / f"{name}.py").write_text("open('PWNED', 'w').close()\n")
+    for metric in ("./evil", "evil", "somebody/evil", "../x"):
+        with pytest.raises(hc.CompressionError, match="Unknown metric"):
+            find_metric(metric, "classes", "text-classification")
+    assert not (tmp_path / "PWNED").exists()

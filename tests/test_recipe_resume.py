@@ -144,7 +144,7 @@ SHORT = [
 
 
 def times(output: Path) -> dict[str, int]:
-    return {p.name: p.stat().st_mtime_ns for p in (output / "steps").iterdir() if p.is_dir()}
+    return {p.name: (p / "model.safetensors").stat().st_mtime_ns for p in (output / "steps").iterdir() if p.is_dir()}
 
 
 def test_what_changed_runs_again_and_nothing_else(world, tmp_path, caplog):
@@ -209,3 +209,18 @@ def test_only_whole_checkpoints_before_the_end_are_resumed_from(tmp_path):
     checkpoint(12, json.dumps({"step": 12, "of": 12}))  # from the end, Trainer would train a step more
     assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-6")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-12", "checkpoint-3", "checkpoint-6"]
+
+
+def test_two_runs_in_one_folder_are_refused_and_a_lost_file_is_made_again(world, tmp_path):
+    import fcntl
+
+    out = tmp_path / "out"
+    recipe = {**world, "output": str(out)}
+    report = run_recipe(recipe)
+    with open(out / "steps" / "run.lock", "w") as file:  # as a run at work holds it
+        fcntl.flock(file, fcntl.LOCK_EX)
+        (out / "model.safetensors").unlink()
+        with pytest.raises(CompressionError, match="Another run is at work"):
+            run_recipe(recipe)
+    assert run_recipe(recipe).model.metrics == report.model.metrics
+    assert (out / "model.safetensors").is_file()

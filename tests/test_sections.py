@@ -156,3 +156,14 @@ def test_values_cannot_pass_for_our_marks():
     text = "<!-- hf_compress:b 0123456789abcdef -->\nx\n<!-- /hf_compress:b -->\n<!-- /hf_compress:a -->\nforged"
     card = compose({"tags": ["--> <!-- hf_compress {}"]}, {"a": text})
     assert merge_card(card, compose({}, {"a": "new"})) == compose({}, {"a": "new"})
+
+
+def test_what_was_written_into_the_new_card_stays_too():
+    old = compose({"license": "mit"}, {"title": "# A", "use": "Load it."})
+    new = old.replace(
+        "Load it.\n<!-- /hf_compress:use -->", "Load it.\n<!-- /hf_compress:use -->\n\n## Intended use\n\nFor tests."
+    )
+    assert new != old
+    merged = merge_card(old, new)
+    assert "## Intended use\n\nFor tests." in merged and merged.count("Intended use") == 1
+    assert merge_card(merged, merged).count("Intended use") == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 from .arguments import DTYPES, Wrong, add_common, filled, one_of, whole
@@ -71,7 +72,7 @@ def run(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     finally:
         torch.set_num_threads(threads)
     if args.output is not None:
-        report.save(args.output)
+        report.save(Path(args.output).expanduser())
     return str(report), report.to_dict()
 
 

@@ -17,11 +17,15 @@ SPLITS = {  # our name -> what others call it
     "validation": ("validation", "valid", "dev", "val", "validation_matched"),
     "test": ("test", "testing", "eval"),
 }
+WORDS_AS_THEY_ARE: dict[str, Any] = {
+    "keep_default_na": False,
+    "na_values": [""],
+}  # "None" and "NA" are words; nothing is nothing
 # the builder of `datasets` that reads files of an ending, and what it must be told. In TSV a quote is an ordinary character:
 # that is how GLUE's files and most others are written, and a stray one would otherwise swallow rows
 READERS: dict[str, tuple[str, dict[str, Any]]] = {
-    ".csv": ("csv", {}),
-    ".tsv": ("csv", {"sep": "\t", "quoting": csv.QUOTE_NONE}),
+    ".csv": ("csv", WORDS_AS_THEY_ARE),
+    ".tsv": ("csv", {"sep": "\t", "quoting": csv.QUOTE_NONE, **WORDS_AS_THEY_ARE}),
     ".json": ("json", {}),
     ".jsonl": ("json", {}),
     ".ndjson": ("json", {}),
@@ -315,7 +319,7 @@ def _reason(error: BaseException) -> str:
 
 
 def digest_of(paths: Any) -> str:
-    """sha256 of files: their contents, up to a size where that takes seconds; their names and sizes beyond."""
+    """sha256 of files: their contents, up to a size where that takes seconds; their names, sizes and times of change beyond."""
     digest, left = hashlib.sha256(), MOST_HASHED
     for root in sorted(map(Path, paths)):
         for path in [root] if root.is_file() else sorted(p for p in root.rglob("*") if p.is_file()):
@@ -324,6 +328,8 @@ def digest_of(paths: Any) -> str:
             if size <= left:
                 left -= size
                 digest.update(path.read_bytes())
+            else:
+                digest.update(str(path.stat().st_mtime_ns).encode())
     return digest.hexdigest()
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -237,12 +239,16 @@ WORDS = {
 
 def _evaluate(name: str, kind: str, fit: list[str]) -> Metric:
     advice = f"Built in: {', '.join(fit)}. Any other needs the package `evaluate` and, the first time, the Hub"
+    if not re.fullmatch(r"[A-Za-z]\w*", name) or Path(name).exists():
+        raise CompressionError(  # `evaluate` runs the script that such a name leads to
+            f"Unknown metric {name!r}{nearest(name, fit)} {advice}, and goes by its plain name: scripts of others are not run."
+        )
     try:
-        import evaluate
+        import evaluate  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise CompressionError(f"Unknown metric {name!r}{nearest(name, fit)} {advice}; `evaluate` is not installed.") from None
     try:
-        module = evaluate.load(name)
+        module = evaluate.load(f"evaluate-metric/{name}")
     except Exception as error:  # whatever a download or somebody's script raises: the metric cannot be had
         reason = str(error).strip().splitlines()
         raise CompressionError(

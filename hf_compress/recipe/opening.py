@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -220,8 +221,11 @@ def _head(labels: Any, config: Any, trained: bool) -> tuple[dict[str, Any], bool
     problems = {"classes": "single_label_classification", "labels": "multi_label_classification", "numbers": "regression"}
     count = 1 if labels.kind == "numbers" else len(labels.names)
     changes: dict[str, Any] = {"problem_type": problems[labels.kind]} if labels.kind in problems else {}
-    trained = trained and getattr(config, "num_labels", None) == count
     named = [str(name) for name in (getattr(config, "id2label", None) or {}).values()]
+    # a head that was trained for the same classes in another order, or for others, is new here
+    unnamed = all(re.fullmatch(r"LABEL_\d+", name) for name in named) or all(name.isdigit() for name in labels.names)
+    same = unnamed or [n.lower() for n in named] == [n.lower() for n in labels.names]
+    trained = trained and getattr(config, "num_labels", None) == count and (labels.kind == "numbers" or same)
     if labels.kind == "numbers":
         return ({**changes, "num_labels": 1} if not trained else changes), trained
     if not trained or named != list(labels.names):

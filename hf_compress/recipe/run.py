@@ -6,19 +6,22 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from transformers.utils import logging
+from transformers.utils.hub import cached_file, extract_commit_hash
 
 from ..edits import CompressionError
 from ..files import staged
 from ..measure import measure
 from ..plan import PLAN_FILE, Plan
 from ..report import REPORT_FILE, Report
+from .data import digest_of, locate
 from .metrics import Metric
 from .opening import bars_where_seen, load_teacher, open_recipe, rehearse
 from .reading import Source, read_source
@@ -112,7 +115,7 @@ writes one.
     _check_token(found, push)
     with bars_where_seen():
         setup, metrics = open_recipe(found)
-        run = Run(found, setup, metrics)
+        run = Run(found, setup, metrics, push)
         if run.known.get("rehearsed") != run.digests[-1]:
             rehearse(found, setup)
         report = run.finish()
@@ -127,8 +130,10 @@ writes one.
 class Run:
     """One recipe in one folder."""
 
-    def __init__(self, recipe: Recipe, setup: Setup, metrics: tuple[Metric, ...]) -> None:
-        self.recipe, self.setup, self.metrics = recipe, setup, metrics
+    def __init__(
+        self, recipe: Recipe, setup: Setup, metrics: tuple[Metric, ...], push: Mapping[str, Any] | None = None
+    ) -> None:
+        self.recipe, self.setup, self.metrics, self.push = recipe, setup, metrics, push or {}
         self.output = Path(recipe.output).expanduser()
         self.steps = [step for step in recipe.steps if step.name != "measure"]
         self.digests = _digests(recipe, setup)
@@ -140,10 +145,15 @@ class Run:
     def finish(self) -> Report:
         """Run the steps that are not done, measure, and put the folder together."""
         whole = hashlib.sha256(f"{self.digests[-1]} {self.recipe.source.text}".encode()).hexdigest()
-        if self.known.get("done") == whole and (self.output / REPORT_FILE).is_file():
+        made = [*self.known.get("files", []), REPORT_FILE]
+        if self.known.get("done") == whole and all((self.output / name).is_file() for name in made):
             logger.info(f"{self.output} holds what this recipe makes; nothing is done again.")
             return Report.load(self.output)
         (self.output / "steps").mkdir(parents=True, exist_ok=True)
+        with _alone(self.output):
+            return self._work(whole)
+
+    def _work(self, whole: str) -> Report:
         self._note(rehearsed=self.digests[-1])
         for note in self.setup.data.notes:
             logger.warning(note)
@@ -274,27 +284,29 @@ class Run:
         names = [metric.name for metric in self.metrics]
         if list(known["metrics"]) != names:
             known["metrics"] = self._scores(self.setup.load(self.folders[i]))
-            path.write_text(json.dumps(known, indent=1))
+            draft = self.output / "steps" / "step.part"
+            draft.write_text(json.dumps(known, indent=1))
+            os.replace(draft, path)
         return known
 
     def _about(self, stages: list[dict[str, Any]]) -> dict[str, Any]:
         from ..card import base_facts
 
         data = self.recipe.data
-        name = data.path or data.train
-        facts = base_facts(self.setup.model)
-        config = transformers.AutoConfig.from_pretrained(self.setup.model, revision=self.setup.revision)
+        name = data.path or getattr(data, self.setup.data.measured, None) or data.train
+        local = Path(self.setup.model).is_dir()
+        facts = base_facts(self.setup.model, revision=self.setup.revision)
         return {
             "name": self.output.name,
-            "base_model": self.recipe.model,
-            "base_revision": getattr(config, "_commit_hash", None) or self.setup.revision,
+            "base_model": f"./{Path(self.setup.model).name}" if local else self.recipe.model,
+            "base_revision": None if local else _commit_of(self.setup.model, self.setup.revision),
             "base_card": facts or None,
             "task": self.recipe.task,
             "dataset": {
-                "name": name,
+                "name": f"./{Path(name).name}" if name and locate(name, self.recipe.source).exists() else name,
                 "config": data.config,
                 "split": self.setup.data.measured,
-                "rows": len(self.setup.rows("measured")),
+                "rows": len(self.setup.data.splits["measured"]),
                 "metric_name": self.metrics[0].name,
             },
             "metric": self.metrics[0].name,
@@ -319,8 +331,7 @@ class Run:
             (stage / RECIPE_FILE).write_text(self.recipe.source.text, encoding="utf-8")
             (stage / PLAN_FILE).write_text(json.dumps(plan.to_dict(), indent=1) + "\n")
         self._note(files=files)
-        repo = (self.recipe.push or {}).get("repo")
-        write_card_(self.output, plan, report, repo_id=repo)
+        write_card_(self.output, plan, report, repo_id=self.push.get("repo"))
 
     def _note(self, **facts: Any) -> None:
         """Into `steps/run.json`, whole or not at all."""
@@ -329,6 +340,29 @@ class Run:
         draft = path.with_suffix(".part")
         draft.write_text(json.dumps(self.known, indent=1))
         os.replace(draft, path)
+
+
+@contextmanager
+def _alone(output: Path) -> Iterator[None]:
+    """Refuse a second run in a folder: each would remove what the other is making."""
+    with open(output / "steps" / "run.lock", "w") as file:
+        try:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # gone with the process, however that ends
+        except ImportError:  # not on Windows
+            pass
+        except OSError:
+            raise CompressionError(f"Another run is at work in {output}; wait for it, or name another output.") from None
+        yield
+
+
+def _commit_of(model: str, revision: str | None) -> str | None:
+    """The commit of the Hub that a model's files are from."""
+    try:
+        return extract_commit_hash(cached_file(model, "config.json", revision=revision), None)
+    except OSError:
+        return revision
 
 
 def _stage(known: Mapping[str, Any], metric: str, cost: Any) -> dict[str, Any]:
@@ -356,7 +390,6 @@ def _files_of(names: list[str], folder: Path) -> list[str]:
 def _digests(recipe: Recipe, setup: Setup) -> list[str]:
     """Of what decides each step's outcome, from the model as given to the last step."""
     from .. import __version__
-    from .data import digest_of
 
     data = recipe.as_data()
     begin = {
@@ -372,7 +405,10 @@ def _digests(recipe: Recipe, setup: Setup) -> list[str]:
     for step in [None, *(step for step in recipe.steps if step.name != "measure")]:
         if step is not None:
             tuned = {"mean_depth", "max_drop"} & step.options.keys()
+            teacher = locate(step.teacher, recipe.source) if step.teacher not in (None, "finetuned", "previous") else None
             steps.append([step.name, step.options, data["metric"][:1] if tuned else None])
+            if teacher is not None and teacher.is_dir():
+                steps.append(digest_of([teacher]))
         found.append(hashlib.sha256(json.dumps([begin, steps], sort_keys=True, default=str).encode()).hexdigest())
     return found
 
