@@ -292,3 +292,43 @@ def test_nothing_of_a_recipe_is_executed(tmp_path, monkeypatch):
         with pytest.raises(hc.CompressionError, match="Unknown metric"):
             find_metric(metric, "classes", "text-classification")
     assert not (tmp_path / "PWNED").exists()
+
+
+def test_models_that_cannot_do_what_is_asked(tmp_path):
+    recipe = {**text_classification(tmp_path), "output": str(tmp_path / "out")}
+    (tmp_path / "lines.txt").write_text("w1 w2 w3 w4\n" * 20)
+    text = {
+        "model": recipe["model"],
+        "task": "text-generation",
+        "data": {"train": str(tmp_path / "lines.txt"), "max_length": 8},
+    }
+    with pytest.raises(RecipeError, match="reads a text from both sides"):  # its perplexity would know the answers
+        read_recipe({**text, "steps": [{"finetune": {"epochs": 1}}], "output": str(tmp_path / "out")})
+    labels = {"id2label": {0: "HIGH", 1: "LOW"}, "label2id": {"HIGH": 0, "LOW": 1}}
+    config = T.BertConfig(**TEXT, pad_token_id=0, **labels)
+    upper = save_model(tmp_path / "upper", T.BertForSequenceClassification(config), tokenizer())
+    read_recipe({**recipe, "model": upper, "steps": [{"quantize": {"bits": 8}}]})  # the same classes in the same order
+    config = T.BertConfig(**TEXT, pad_token_id=0, id2label={0: "LOW", 1: "HIGH"}, label2id={"LOW": 0, "HIGH": 1})
+    turned = save_model(tmp_path / "turned", T.BertForSequenceClassification(config), tokenizer())
+    with pytest.raises(RecipeError, match="no trained head .* with these labels"):
+        read_recipe({**recipe, "model": turned, "steps": [{"quantize": {"bits": 8}}]})
+    model = T.BertForSequenceClassification.from_pretrained(upper)
+    hc.apply_(model, hc.plan_quantization(model, bits=8))
+    small = save_model(tmp_path / "small", model, tokenizer())
+    with pytest.raises(RecipeError, match="is quantized: .* cannot be trained"):
+        read_recipe({**recipe, "model": small, "steps": [{"finetune": {"epochs": 1}}]})
+
+
+@pytest.mark.parametrize(
+    ("step", "message"),
+    [
+        ({"exits": {"after": [0], "epochs": 1, "max_drop": -1}}, "max_drop must be 0 or more"),
+        ({"finetune": {"epochs": 1, "learning_rate": float("inf")}}, "learning_rate must be a finite number"),
+        ({"finetune": {"epochs": float("inf")}}, "epochs must be a finite number"),
+        ({"finetune": {"epochs": 1, "seed": -1}}, "seed must be 0 or more"),
+    ],
+)
+def test_numbers_that_mean_nothing(tmp_path, step, message):
+    recipe = {"model": "m", "task": "text-classification", "data": "d", "steps": [{"finetune": {"epochs": 1}}, step]}
+    with pytest.raises(RecipeError, match=message):
+        read_recipe({**recipe, "output": str(tmp_path / "out")})

@@ -156,8 +156,9 @@ def _possible(model: Any, structure: Any, other: str | None) -> dict[str, str | 
         if blocks
     )
     stacks = [f"{len(v)} layers of {k}" for k, v in structure.stacks.items() if len(v) > 1]
-    weights = sum(m.weight.numel() * m.weight.element_size() for m in (*linears, *rows))
-    saved = sum(m.weight.numel() for m in (*linears, *rows))
+    shared = {id(m.weight): m.weight for m in (*linears, *rows)}.values()  # what is tied is stored once
+    weights = sum(weight.numel() * weight.element_size() for weight in shared)
+    saved = sum(weight.numel() for weight in shared)
     whole, frozen = _bytes(model), "no: quantized weights cannot be cut" if integers else None
     smaller = ", ".join(f"{_size(whole - weights + saved * bits // 8)} at {bits} bits" for bits in (8, 4))
     return {

@@ -41,6 +41,18 @@ def open_recipe(recipe: Recipe) -> tuple[Setup, tuple[Metric, ...]]:
         raise source.error(key, one_line(error)) from error
     except Exception as error:  # what a download, a parser or a config's own checks raise
         raise source.error(key, f"cannot load the model {recipe.model!r}: {first_line(error)}") from error
+    if getattr(config, "quantization_config", None) and recipe.steps[0].trains:
+        if any(edit.startswith("Quantize") for edit in _edits_of(config)):
+            raise source.error(
+                key,
+                f"{recipe.model!r} is quantized: its weights are integers and cannot be trained. Begin with the float model, "
+                "or save `model.dequantize()` first.",
+            )
+    # a decoder says so in its config, or has no way to say it
+    if recipe.task == "text-generation" and getattr(config, "is_decoder", None) is False and _is_encoder(config):
+        raise source.error(
+            key, f"{recipe.model!r} ({config.model_type}) reads a text from both sides, so it cannot continue one."
+        )
     options = recipe.data
     processor = _processor(name, recipe, task.reads, key)
     if task.reads == "text":
@@ -209,6 +221,21 @@ def _wanted(recipe: Recipe, wanted: str) -> str:
     """A metric of numbers says that whole numbers are no classes."""
     numbers = ("pearson", "spearman", "mse", "pearsonr", "spearmanr")
     return "numbers" if wanted == "any" and recipe.metric and recipe.metric[0] in numbers else wanted
+
+
+def _edits_of(config: Any) -> list[str]:
+    """The kinds of the edits that a config records."""
+    found = getattr(config, "quantization_config", None)
+    plan = (found if isinstance(found, dict) else vars(found)).get("plan")
+    edits = plan.get("edits", []) if isinstance(plan, dict) else getattr(plan, "edits", [])
+    return [str(edit.get("edit", edit.get("kind", edit))) if isinstance(edit, dict) else type(edit).__name__ for edit in edits]
+
+
+def _is_encoder(config: Any) -> bool:
+    """Whether this kind of model is trained as a masked language model."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+    return config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_encoder_decoder", False)
 
 
 def _has_head(config: Any, task: Any) -> bool:

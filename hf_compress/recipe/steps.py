@@ -6,6 +6,7 @@ nothing trained and nothing scored, and `run` does it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -129,6 +130,12 @@ def check_step(step: Step) -> None:
         value = options.get(word)
         if value is not None and not value > 0:
             raise CompressionError(f"{word} must be above 0, got {value!r}.")
+    endless = [w for w, v in options.items() if isinstance(v, float) and not math.isfinite(v)]
+    if endless:
+        raise CompressionError(f"{endless[0]} must be a finite number, got {options[endless[0]]!r}.")
+    for word, least in (("max_drop", 0), ("mean_depth", 1), ("seed", 0), ("weight_decay", 0)):
+        if isinstance(options.get(word), int | float) and options[word] < least:
+            raise CompressionError(f"{word} must be {least} or more, got {options[word]!r}.")
     if options.get("max_steps", 1) < 1:
         raise CompressionError(f"max_steps must be 1 or more, got {options['max_steps']!r}; leave it out to train by epochs.")
     schedule = options.get("lr_scheduler_type")
