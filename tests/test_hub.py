@@ -7,6 +7,7 @@ import re
 
 import pytest
 import transformers as T
+from packaging.version import Version
 
 import hf_compress as hc
 from hf_compress.hub import push_folder, push_to_hub
@@ -17,6 +18,7 @@ from tests.hub.process import Failed
 pytest_plugins = ["tests.hub.fixtures"]
 
 WHOLE = {"README.md", "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "report.json"}
+OLD = Version(T.__version__) < Version("5.23")
 
 
 def test_a_push_is_one_commit_and_loads_to_the_bit_elsewhere(hub, user, tmp_path):
@@ -70,6 +72,7 @@ def test_what_a_person_wrote_into_the_card_stays(hub, user):
     assert "Tried on Tuesdays." in hub.store.read("alice/card", "README.md").decode()
 
 
+@pytest.mark.skipif(OLD, reason="stock transformers 5.20 does not send from_pretrained's token= to the Hub")
 def test_a_private_repository_is_for_those_with_a_token(hub, user):
     pushed = user("push", repo_id="alice/secret", private=True)
     assert hub.store.repos["models/alice/secret"]["private"]
@@ -84,6 +87,7 @@ def test_a_private_repository_is_for_those_with_a_token(hub, user):
     assert hub.store.history("alice/open") == commits
 
 
+@pytest.mark.skipif(OLD, reason="stock transformers 5.20 does not send from_pretrained's token= to the Hub")
 def test_a_gated_repository_says_so(hub, user):
     pushed = user("push", repo_id="alice/gated")
     user("api", method="update_repo_settings", repo_id="alice/gated", gated="auto")

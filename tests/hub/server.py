@@ -178,7 +178,7 @@ class _Handler(BaseHTTPRequestHandler):
         given = self.headers.get("Authorization", "")
         if not given:
             return None, "read"
-        found = re.fullmatch(r"Bearer hf_(\w+?)(\.read)?", given)
+        found = re.fullmatch(r"Bearer hf_([\w-]+?)(\.read)?", given)
         if found is None:
             raise HubError(401, None, "Invalid credentials in Authorization header")
         return found[1], "read" if found[2] else "write"
