@@ -137,7 +137,7 @@ class CompressionTrainer(Trainer):
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         try:
-            super().init_hf_repo(token=token, private=private)
+            super().init_hf_repo(token=token, **({} if private is None else {"private": private}))  # transformers 5.20 has none
         except Exception as error:
             if not is_refusal_of_hub(error):
                 raise
@@ -162,7 +162,9 @@ class CompressionTrainer(Trainer):
             self.save_model(_internal_call=True)
         self._push = {"token": token, "revision": revision}
         try:
-            return super().push_to_hub(commit_message, blocking, token, revision, private, **kwargs)
+            if private is not None:
+                kwargs["private"] = private
+            return super().push_to_hub(commit_message, blocking, token, revision, **kwargs)
         except Exception as error:
             if not is_refusal_of_hub(error):
                 raise

@@ -54,7 +54,7 @@ def test_push_to_a_branch_or_as_a_pull_request(hub, cli, folder):
 
 
 REFUSED = {
-    "someone else's": (("bob/theirs",), "Could not make the repository bob/theirs: 403"),
+    "someone else's": (("bob/theirs",), "bob/theirs: 403"),
     "no such token": (("alice/x", "--token", "nonsense"), "401"),
 }
 
