@@ -65,13 +65,18 @@ def make(name: str, mirror: bool, push: str | None) -> None:
         return
     if code:
         sys.exit(code)
-    if mirror:
-        _forget_revision(made)
+    keep(name, mirror)
+    print(f"{name}: {CARDS / name}")
+
+
+def keep(name: str, mirror: bool = False) -> None:
+    """Take over what a run left of a card."""
+    made = RUNS / name / "model"
     for file in KEPT:
         if (made / file).is_file():
             shutil.copy(made / file, CARDS / name / file)
+    _noted(CARDS / name, name, mirror)
     render(name)
-    print(f"{name}: {CARDS / name}")
 
 
 def render(name: str) -> None:
@@ -111,14 +116,15 @@ class _mirror:
         self.folder.cleanup()
 
 
-def _forget_revision(folder: Path) -> None:
-    """The mirror's commit is not one that anybody else can ask for."""
+def _noted(folder: Path, name: str, mirror: bool) -> None:
+    """The card's name, and no commit of the mirror, for which nobody else can ask."""
     from dataclasses import replace
 
     from hf_compress import Report
 
     report = Report.load(folder)
-    replace(report, about={k: v for k, v in report.about.items() if k != "base_revision"}).save(folder)
+    about = {key: value for key, value in report.about.items() if not (mirror and key == "base_revision")}
+    replace(report, about={**about, "name": name}).save(folder)
 
 
 if __name__ == "__main__":
