@@ -57,12 +57,18 @@ class PushError(CompressionError):
 def plan_of(model: nn.Module) -> Plan:
     """The edits that a model's config records; an empty plan where it records none (nothing done, or plain numbers say all)."""
     for _, owner in owners_in(model):
-        found = getattr(owner.config, "quantization_config", None)
-        if isinstance(found, HfCompressConfig):
-            return found.plan
-        if isinstance(found, dict) and found.get("quant_method") == METHOD:
-            return HfCompressConfig(**found).plan
+        plan = plan_of_config(owner.config)
+        if plan is not None:
+            return plan
     return Plan()
+
+
+def plan_of_config(config: Any) -> Plan | None:
+    """The edits that a config records, if it is one of ours."""
+    found = getattr(config, "quantization_config", None)
+    if isinstance(found, dict) and found.get("quant_method") == METHOD:
+        found = HfCompressConfig(**found)
+    return found.plan if isinstance(found, HfCompressConfig) else None
 
 
 def record_in(folder: str | os.PathLike) -> HfCompressConfig | None:

@@ -10,7 +10,8 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-from ..edits import CompressionError
+from ..edits import CompressionError, Quantize
+from ..publish import plan_of_config
 from .data import locate, open_data
 from .labels import find_labels
 from .metrics import DEFAULTS, Metric, find_metric
@@ -41,13 +42,12 @@ def open_recipe(recipe: Recipe) -> tuple[Setup, tuple[Metric, ...]]:
         raise source.error(key, one_line(error)) from error
     except Exception as error:  # what a download, a parser or a config's own checks raise
         raise source.error(key, f"cannot load the model {recipe.model!r}: {first_line(error)}") from error
-    if getattr(config, "quantization_config", None) and recipe.steps[0].trains:
-        if any(edit.startswith("Quantize") for edit in _edits_of(config)):
-            raise source.error(
-                key,
-                f"{recipe.model!r} is quantized: its weights are integers and cannot be trained. Begin with the float model, "
-                "or save `model.dequantize()` first.",
-            )
+    if recipe.steps[0].trains and any(isinstance(edit, Quantize) for edit in plan_of_config(config) or ()):
+        raise source.error(
+            key,
+            f"{recipe.model!r} is quantized: its weights are integers and cannot be trained. Begin with the float model, "
+            "or save `model.dequantize()` first.",
+        )
     # a decoder says so in its config, or has no way to say it
     if recipe.task == "text-generation" and getattr(config, "is_decoder", None) is False and _is_encoder(config):
         raise source.error(
@@ -221,14 +221,6 @@ def _wanted(recipe: Recipe, wanted: str) -> str:
     """A metric of numbers says that whole numbers are no classes."""
     numbers = ("pearson", "spearman", "mse", "pearsonr", "spearmanr")
     return "numbers" if wanted == "any" and recipe.metric and recipe.metric[0] in numbers else wanted
-
-
-def _edits_of(config: Any) -> list[str]:
-    """The kinds of the edits that a config records."""
-    found = getattr(config, "quantization_config", None)
-    plan = (found if isinstance(found, dict) else vars(found)).get("plan")
-    edits = plan.get("edits", []) if isinstance(plan, dict) else getattr(plan, "edits", [])
-    return [str(edit.get("edit", edit.get("kind", edit))) if isinstance(edit, dict) else type(edit).__name__ for edit in edits]
 
 
 def _is_encoder(config: Any) -> bool:
