@@ -8,7 +8,7 @@ import platform
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 from transformers.pytorch_utils import Conv1D
@@ -210,7 +211,7 @@ def _cost(model: nn.Module, run: Callable[[], Any], times: list[float]) -> Cost:
     unique = {id(p): n for module in model.modules() for p, n in numbers_of(module)}
     embedded = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
     stored: dict[tuple[int, int], int] = {}
-    for tensor in model.state_dict().values():
+    for tensor in _tensors(model.state_dict().values()):
         stored[(tensor.untyped_storage().data_ptr(), tensor.storage_offset())] = tensor.numel() * tensor.element_size()
     return Cost(
         parameters=sum(unique.values()),
@@ -219,6 +220,17 @@ def _cost(model: nn.Module, run: Callable[[], Any], times: list[float]) -> Cost:
         macs=_macs(model, run),
         latency=_latency(times),
     )
+
+
+def _tensors(values: Iterable[Any]) -> Iterator[torch.Tensor]:
+    """Those in a state dict: torch's own quantized layers keep them in tuples, beside a dtype, and torchao's in a tensor."""
+    for value in values:
+        if is_traceable_wrapper_subclass(value):
+            yield from _tensors(getattr(value, name) for name in value.__tensor_flatten__()[0])
+        elif isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, tuple):
+            yield from _tensors(value)
 
 
 def numbers_of(module: nn.Module) -> list[tuple[nn.Parameter, int]]:

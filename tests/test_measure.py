@@ -1,8 +1,10 @@
 """measure: counts by arithmetic, times by what a clock would say of them."""
 
+import copy
 import json
 import sys
 import time
+import warnings
 
 import pytest
 import torch
@@ -35,6 +37,26 @@ def test_bytes_are_those_of_the_file(tmp_path):
         file = (tmp_path / family / "model.safetensors").stat().st_size
         assert hc.measure(model, batch, repeats=1).model.bytes == pytest.approx(file, rel=0.12)
         assert hc.measure(model, batch, repeats=1).model.bytes <= file
+
+
+@pytest.mark.parametrize("library", ["torch", "torchao"])
+def test_bytes_of_models_that_other_libraries_quantized(library):
+    dense, batch = build("bert")
+    linear = [m.weight.shape for m in dense.modules() if isinstance(m, nn.Linear)]
+    model = copy.deepcopy(dense)
+    if library == "torch":  # int8 for float, and a scale (4 bytes) and a zero point (8) a layer
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
+        more = 12 * len(linear)
+    else:  # a scale (4 bytes) and a zero point (1) a channel
+        quantization = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
+        quantization.quantize_(model, quantization.Int8DynamicActivationInt8WeightConfig())
+        more = 5 * sum(outputs for outputs, _ in linear)
+    expected = hc.measure(dense, batch, repeats=1).model.bytes - 3 * sum(a * b for a, b in linear) + more
+    report = hc.measure(model, batch, against=dense, repeats=1)
+    assert report.model.bytes == expected
+    assert report.speedup > 0
 
 
 def test_against_takes_turns_and_reports_a_ratio():
