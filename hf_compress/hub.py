@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ from .publishable import (
     WEIGHTS,
     check_arguments,
     check_folder,
+    check_measured,
     check_model,
     check_output,
     check_plan,
@@ -50,10 +52,12 @@ logger = logging.get_logger(__name__)
 # what trainings leave beside a model: not the model, and (the pickles) nothing that others should open
 LEFT_OUT = re.compile(
     r"[._].*|checkpoint-\d+|runs|__pycache__|optimizer\..*|scheduler\.pt|scaler\.pt|rng_state.*|trainer_state\.json"
-    r"|training_args\.bin|.*\.(tmp|part|pyc|log)"
+    r"|training_args\.bin|README\.local(-\d+)?\.md|.*\.(tmp|part|pyc|log)"
 )
 STEPS = "steps"  # the models in between, of a recipe
 EVAL_RESULTS = ".eval_results"  # hidden, and read by the Hub
+# what transformers, sentence-transformers and the Hub know; the rest is named, since others will wonder too
+KNOWN_FOLDERS = re.compile(r"\d+_\w+|onnx|openvino|\.eval_results")
 OURS = (REPORT_FILE, RECIPE_FILE, PLAN_FILE, *PICTURES)
 
 
@@ -148,6 +152,7 @@ mask (Mask.remove()), or cut what it hides (apply_ with its plan), then push.
                 (stage / RECIPE_FILE).write_text(recipe_text, encoding="utf-8")
             if plan and record_in(stage) is None:
                 Plan(plan.edits).save(stage)  # the weights are in the model
+            check_measured(stage, report)
             if (folder / CARD_FILE).is_file():
                 shutil.copyfile(folder / CARD_FILE, stage / CARD_FILE)
             about = {} if report else seen(owner)
@@ -188,8 +193,10 @@ def push_folder(
 ) -> CommitInfo:
     """Publish a saved model as it is, in one commit; see `push_to_hub`, whose second half this is.
 
-    Checkpoints, logs, optimizer states, pickles of a training and hidden files stay behind. A folder without a card gets one,
-    from its plan and its `report.json`.
+    Checkpoints, logs, optimizer states, pickles of a training and hidden files stay behind; other subfolders are published, and
+    named in a warning. A folder without a card gets one, from its plan and its `report.json`. The lines of a card that tell how
+    to load the model name this repository, in the folder too, unless somebody edited them. A section that was edited both in
+    the folder and on the Hub stays as on the Hub; the folder's card is then also in `README.local.md`, which is not published.
 
     Args:
         folder (`str` or `os.PathLike`): what `save_pretrained`, a Trainer or a failed `push_to_hub` wrote.
@@ -199,7 +206,8 @@ def push_folder(
         `huggingface_hub.CommitInfo`
 
     Raises:
-        CompressionError: before anything is sent: no folder of a whole model, or one from the middle of a training.
+        CompressionError: before anything is sent: no folder of a whole model, one from the middle of a training, or one with
+            the report of another model.
         PushError: the Hub or the way to it refused.
 
     Example:
@@ -218,6 +226,7 @@ model.save_pretrained(folder).
     check_folder(folder)
     folder = Path(folder)
     report = Report.load(folder) if (folder / REPORT_FILE).is_file() else None
+    check_measured(folder, report)
     inherits = report is not None and "base_model" in report.about and "base_card" not in report.about
     if inherits or not (folder / CARD_FILE).is_file():  # the base model's card may have been out of reach
         recipe = folder / RECIPE_FILE
@@ -242,13 +251,15 @@ model.save_pretrained(folder).
         step = f"look at {repo_id}" + (f" at {revision}" if revision else "")
         there = api.model_info(repo_id, revision=revision)
         names = [file.rfilename for file in there.siblings or ()]
+        remote = None
         if CARD_FILE in names:
             step = "read the card that is on the Hub"
-            merge_card_(folder, remote_card(api, repo_id, there.sha))
+            remote = remote_card(api, repo_id, there.sha)
+        merge_card_(folder, remote, repo_id)
         files = _files(folder)
         stale = [name for name in names if name not in files and (WEIGHTS.fullmatch(name) or name in OURS)]
         step = f"commit to {repo_id}"
-        return api.create_commit(
+        info = api.create_commit(
             repo_id,
             [
                 *(CommitOperationAdd(name, os.fspath(folder / name)) for name in files),
@@ -259,6 +270,12 @@ model.save_pretrained(folder).
             create_pr=create_pr,
             parent_commit=None if create_pr else there.sha,  # an edit of the card since then is not lost
         )
+        if info.oid == there.sha:
+            logger.warning(
+                f"Nothing to push: {repo_id} at {revision or 'main'} holds all of {folder} already, so no commit was made"
+                f"{' and no pull request opened' if create_pr else ''}."
+            )
+        return info
     except CompressionError:
         raise
     except Exception as error:  # the client, its transfer libraries and the network fail in many ways
@@ -268,11 +285,16 @@ model.save_pretrained(folder).
 def _files(folder: Path) -> list[str]:
     """What of a folder is published, by name."""
     names = [path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file()]
-    return [
+    found = [
         name.as_posix()
         for name in names
         if name.parts[0] != STEPS and not any(LEFT_OUT.fullmatch(part) and part != EVAL_RESULTS for part in name.parts)
     ]
+    others = Counter(name.split("/")[0] for name in found if "/" in name and not KNOWN_FOLDERS.fullmatch(name.split("/")[0]))
+    if others:
+        named_ones = ", ".join(f"{name} ({number} file{'s' * (number > 1)})" for name, number in others.items())
+        logger.warning(f"All of {folder} is published, also its subfolders: {named_ones}.")
+    return found
 
 
 def _left_by_others(folder: Path) -> list[str]:

@@ -210,8 +210,9 @@ def _shapes(inputs: Mapping[str, Any]) -> str:
 def _cost(model: nn.Module, run: Callable[[], Any], times: list[float]) -> Cost:
     unique = {id(p): n for module in model.modules() for p, n in numbers_of(module)}
     embedded = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
-    stored: dict[tuple[int, int], int] = {}
-    for tensor in _tensors(model.state_dict().values()):
+    stored: dict[Any, int] = {}
+    made_anew = getattr(model, "_keys_to_ignore_on_save", None) or ()  # Marian's sinusoids are not in the file
+    for tensor in _tensors(value for name, value in model.state_dict().items() if name not in made_anew):
         stored[(tensor.untyped_storage().data_ptr(), tensor.storage_offset())] = tensor.numel() * tensor.element_size()
     return Cost(
         parameters=sum(unique.values()),

@@ -8,11 +8,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from .about import LARGEST
 from .edits import KeepHeads, KeepNeurons
 from .files import staged
 from .plan import Plan
 from .report import Report
-from .words import is_number
+from .words import one_line, stage_batch
 
 KEPT, STAGES = "kept.png", "stages.png"
 FULL, LEFT = "#d9d9d9", "#2a6f97"  # told apart in print and by the colour-blind
@@ -51,11 +52,12 @@ def draw_(folder: str | os.PathLike, plan: Plan, report: Report | None) -> list[
     """
     about = {} if report is None else report.about
     figures = {KEPT: kept_sizes(plan, about), STAGES: stage_points(about)}
+    labels = [", ".join(filter(None, ["latency (ms)", stage_batch(report, about)])), _metric(about)]
     drawn = [name for name, data in figures.items() if data] if find_spec("matplotlib") else []
     if drawn:
         with staged(folder) as stage:
             for name in drawn:
-                DRAW[name](stage / name, figures[name], about)
+                DRAW[name](stage / name, figures[name], labels)
     if report is not None:
         report.about.pop("pictures", None)
         report.about.update({"pictures": drawn} if drawn else {})
@@ -97,9 +99,14 @@ def stage_points(about: Mapping[str, Any]) -> list[tuple[str, float, float]]:
     points = []
     for stage in about.get("stages", ()):
         latency, metric = stage.get("latency"), stage.get("metric")
-        if is_number(latency, "latency") and is_number(metric):
-            points.append((stage["name"], (latency["median"] if isinstance(latency, Mapping) else latency) * 1e3, metric))
+        seconds = latency["median"] if isinstance(latency, Mapping) else latency
+        if seconds is not None and metric is not None and abs(metric) < LARGEST:  # a metric may be nan
+            points.append((stage["name"], seconds * 1e3, metric))
     return points if len(points) > 1 else []
+
+
+def _metric(about: Mapping[str, Any]) -> str:
+    return about.get("dataset", {}).get("metric_name") or about.get("metric") or "metric"
 
 
 def _axes(count: int) -> tuple[Any, Any]:
@@ -114,12 +121,12 @@ def _axes(count: int) -> tuple[Any, Any]:
     return figure, axes
 
 
-def _kept(path: Path, data: Mapping[str, tuple[list[int], list[int]]], about: Mapping[str, Any]) -> None:
+def _kept(path: Path, data: Mapping[str, tuple[list[int], list[int]]], labels: list[str]) -> None:
     figure, axes = _axes(len(data))
     for axis, (what, (now, was)) in zip(axes, data.items(), strict=True):
         if was:
-            axis.bar(range(len(was)), was, color=FULL, label="before")
-        axis.bar(range(len(now)), now, color=LEFT, label="kept")
+            axis.bar(range(len(was)), [float(n) for n in was], color=FULL, label="before")
+        axis.bar(range(len(now)), [float(n) for n in now], color=LEFT, label="kept")
         axis.set(xlabel="block", ylabel=what, ylim=(0, None))
         axis.locator_params(integer=True)
         if was:
@@ -127,16 +134,17 @@ def _kept(path: Path, data: Mapping[str, tuple[list[int], list[int]]], about: Ma
     figure.savefig(path, metadata={"Software": None})
 
 
-def _stages(path: Path, points: list[tuple[str, float, float]], about: Mapping[str, Any]) -> None:
+def _stages(path: Path, points: list[tuple[str, float, float]], labels: list[str]) -> None:
     figure, (axis,) = _axes(1)
     names, latencies, metrics = zip(*points, strict=True)
     axis.plot(latencies, metrics, color=FULL, zorder=1)
     axis.scatter(latencies, metrics, color=LEFT, zorder=2)
     for name, x, y in points:
-        axis.annotate(name, (x, y), textcoords="offset points", xytext=(5, 5), fontsize=8)
+        axis.annotate(one_line(name), (x, y), textcoords="offset points", xytext=(5, 5), fontsize=8, parse_math=False)
     axis.margins(x=0.25, y=0.15)
     axis.set_xlim(left=0)
-    axis.set(xlabel="latency (ms)", ylabel=about.get("dataset", {}).get("metric_name") or about.get("metric") or "metric")
+    for label, set_label in zip(labels, (axis.set_xlabel, axis.set_ylabel), strict=True):
+        set_label(one_line(label), parse_math=False)  # a dollar sign in a name begins no formula
     figure.savefig(path, metadata={"Software": None})
 
 

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, ModelCard, constants
+from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import (
     EntryNotFoundError,
     HfHubHTTPError,
@@ -24,17 +24,19 @@ from torch import nn
 from transformers import Trainer
 from transformers.utils import logging
 
-from .about import seen
+from .about import seen, seen_in_config
 from .edits import CompressionError
 from .files import staged
 from .loader import METHOD, HfCompressConfig
 from .plan import PLAN_FILE, Plan
 from .probe import owners_in
-from .report import Report
+from .report import REPORT_FILE, Report
+from .sections import kept_by_hand, merge_card, readdressed, with_metadata
 
 logger = logging.get_logger(__name__)
 
 CARD_FILE, RECIPE_FILE, CONFIG_FILE = "README.md", "recipe.yaml", "config.json"
+MODULES_FILE = "modules.json"  # of sentence-transformers
 PICTURES = ("kept.png", "stages.png")
 
 
@@ -77,15 +79,25 @@ def record_in(folder: str | os.PathLike) -> HfCompressConfig | None:
     Raises:
         CompressionError: the file cannot be read, or the record is damaged or of a later version.
     """
+    found = _config_in(folder).get("quantization_config")
+    return HfCompressConfig(**found) if isinstance(found, dict) and found.get("quant_method") == METHOD else None
+
+
+def _config_in(folder: str | os.PathLike) -> dict[str, Any]:
     path = Path(folder) / CONFIG_FILE
     if not path.is_file():
-        return None
+        return {}
     try:
-        config = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise CompressionError(f"{path} cannot be read ({error}); save the model again.") from error
-    found = config.get("quantization_config") if isinstance(config, dict) else None
-    return HfCompressConfig(**found) if isinstance(found, dict) and found.get("quant_method") == METHOD else None
+    return config if isinstance(config, dict) else {}
+
+
+def _facts_in(folder: Path) -> dict[str, Any]:
+    """What the files of a saved model tell about it."""
+    facts = seen_in_config(_config_in(folder)) if (folder / CONFIG_FILE).is_file() else {}
+    return {**facts, **({"library_name": "sentence-transformers"} if (folder / MODULES_FILE).is_file() else {})}
 
 
 def plan_in(folder: str | os.PathLike) -> Plan:
@@ -112,6 +124,8 @@ def write_card_(
 ) -> None:
     """Write a card, its pictures and the report into a folder; what a person changed in the card that was there stays.
 
+    What is kept although something else would now be there, is said in a warning.
+
     Args:
         folder (`str` or `os.PathLike`): of the saved model.
         plan (`Plan`): what was done.
@@ -126,7 +140,8 @@ def write_card_(
     from .pictures import draw_
 
     folder = Path(folder)
-    facts = {**(report.about if report else {}), **(about or {}), **({"repo_id": repo_id} if repo_id else {})}
+    facts = {**_facts_in(folder), **(report.about if report else {}), **(about or {})}
+    facts |= {"repo_id": repo_id} if repo_id else {}
     if facts.get("base_model") and "base_card" not in facts:
         facts["base_card"] = base_facts(facts["base_model"], revision=facts.get("base_revision"), token=token) or None
     facts = {key: value for key, value in facts.items() if value is not None}
@@ -138,50 +153,78 @@ def write_card_(
             for name, text in eval_results(report).items():
                 (stage / name).parent.mkdir(exist_ok=True)
                 (stage / name).write_text(text)
-        text = _with_metadata(render_card(plan, report, about=facts), metadata or {})
-        local = folder / CARD_FILE
-        for old in [local.read_text(encoding="utf-8") if local.is_file() else None, remote]:
-            text = _merged(old, text)
-        (stage / CARD_FILE).write_text(text, encoding="utf-8")
+        local = _text_of(folder / CARD_FILE)
+        text, _ = _merged(local, with_metadata(render_card(plan, report, about=facts), metadata or {}))
+        text, lost = _merged(remote, text)
+        if lost:  # a Trainer publishes all of its folder but what begins so
+            _put_aside(stage, folder, "_README.local", local, lost)
+        _write_text(stage / CARD_FILE, text)
 
 
-def merge_card_(folder: str | os.PathLike, remote: str | None) -> None:
-    """Carry over what a person changed in the card on the Hub into the card of a folder."""
-    mine = (Path(folder) / CARD_FILE).read_text(encoding="utf-8")
-    text = _merged(remote, mine)
-    if text != mine:
-        with staged(folder) as stage:
-            (stage / CARD_FILE).write_text(text, encoding="utf-8")
+def merge_card_(folder: str | os.PathLike, remote: str | None, repo_id: str) -> None:
+    """Make the card of a folder that of a repository: what a person changed in the one that is there is carried over.
+
+    Where a section was edited here and there, the one that is there stays, and the card that was here is put aside.
+
+    Args:
+        folder (`str` or `os.PathLike`): of the saved model, with a card.
+        remote (`str`, *optional*): the card that is on the Hub now.
+        repo_id (`str`): the repository, which the lines that load the model then name.
+    """
+    folder = Path(folder)
+    mine = _text_of(folder / CARD_FILE) or ""
+    text, lost = _merged(remote, readdressed(mine, repo_id))
+    report = Report.load(folder) if (folder / REPORT_FILE).is_file() else None
+    moved = report is not None and report.about.get("repo_id", repo_id) != repo_id
+    if text == mine and not moved:
+        return
+    with staged(folder) as stage:
+        if lost:
+            _put_aside(stage, folder, "README.local", mine, lost)
+        if report is not None and moved:
+            replace(report, about={**report.about, "repo_id": repo_id}).save(stage)
+        _write_text(stage / CARD_FILE, text)
 
 
-def _merged(old: str | None, new: str) -> str:
+def _text_of(card: Path, name: str | None = None) -> str | None:
+    """With the line ends that it has."""
+    try:
+        return card.read_bytes().decode("utf-8") if card.is_file() else None
+    except UnicodeDecodeError as error:
+        raise CompressionError(f"{name or card} is not UTF-8 text (byte {error.start}); correct it, or remove it.") from None
+
+
+def _write_text(card: Path, text: str) -> None:
+    card.write_bytes(text.encode("utf-8"))
+
+
+def _merged(old: str | None, new: str) -> tuple[str, list[str]]:
+    """The card to publish, and what of the new one a person wrote and is lost in it."""
     if old is None or old == new:
-        return new
-    from .card import merge_card
+        return new, []
+    lost, outdated = kept_by_hand(old, new)
+    if outdated:
+        logger.warning(f"{CARD_FILE}: kept as edited by hand, though what was measured changed: {', '.join(outdated)}.")
+    return merge_card(old, new), lost
 
-    return merge_card(old, new)
 
-
-def _with_metadata(text: str, metadata: Mapping[str, Any]) -> str:
-    given = {name: value for name, value in metadata.items() if value}
-    if not given:
-        return text
-    card = ModelCard(text, ignore_metadata_errors=True)
-    for name, value in given.items():
-        known = card.data.get(name)
-        if isinstance(known, list):
-            value = [*known, *(v for v in ([value] if isinstance(value, str) else value) if v not in known)]
-        card.data[name] = value
-    return str(card)
+def _put_aside(stage: Path, folder: Path, name: str, card: str | None, lost: list[str]) -> None:
+    number, file = 1, f"{name}.md"
+    while (folder / file).exists():
+        number, file = number + 1, f"{name}-{number + 1}.md"
+    said = f"{CARD_FILE}: edited both in {folder} and on the Hub, whose text stays: {', '.join(lost)}."
+    if card is not None:
+        _write_text(stage / file, card)
+        said += f" The card as it was in the folder is {folder / file}, which is not published; merge by hand what should stay."
+    logger.warning(said)
 
 
 def remote_card(api: HfApi, repo_id: str, revision: str | None) -> str | None:
     """The card that a repository has now; None where it has none. Nothing goes into the user's cache."""
     with tempfile.TemporaryDirectory() as scratch:
         try:
-            return Path(api.hf_hub_download(repo_id, CARD_FILE, revision=revision, local_dir=scratch)).read_text(
-                encoding="utf-8"
-            )
+            path = Path(api.hf_hub_download(repo_id, CARD_FILE, revision=revision, local_dir=scratch))
+            return _text_of(path, f"The {CARD_FILE} in {repo_id}")
         except EntryNotFoundError:
             return None
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import os
 import re
+import struct
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+import transformers
 import yaml
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
@@ -23,15 +25,17 @@ from .masking import skip_layer
 from .measure import numbers_of
 from .modules import is_gated
 from .plan import Plan
-from .publish import CONFIG_FILE, plan_of, record_in
+from .publish import CARD_FILE, CONFIG_FILE, plan_of, record_in
 from .quantization.fake import is_fake
 from .refusals import check_adapters
-from .report import Report
+from .report import REPORT_FILE, Report
+from .yaml12 import dump
 
 WEIGHTS = re.compile(
     r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?|pytorch_model(-\d{5}-of-\d{5})?\.bin(\.index\.json)?"
 )
 COMMIT = re.compile(r"[0-9a-f]{40}")
+STAGED = ".hf_compress_"  # what a save that was killed leaves
 
 
 def check_model(model: Any) -> PreTrainedModel:
@@ -115,12 +119,50 @@ def check_report(model: PreTrainedModel, report: Any) -> Report | None:
     return report
 
 
+def check_measured(folder: Path, report: Report | None) -> None:
+    """Refuse a report that another model left in a folder: numbers of one model under the name of another."""
+    held = None if report is None else tensor_bytes(folder)
+    if report is not None and held not in (None, report.model.bytes) and not _leaves_weights_out(folder):
+        raise CompressionError(
+            f"The report is of another model, or of this one in another dtype: it was measured with {report.model.bytes:,} "
+            f"bytes of weights, and the saved ones have {held:,}. Measure this model again (hf-compress measure FOLDER -o "
+            f"FOLDER), or leave the report out: remove {REPORT_FILE} from the folder, and the {CARD_FILE} that shows it."
+        )
+
+
+def _leaves_weights_out(folder: Path) -> bool:
+    """Whether transformers saves less of such a model than it has (Marian's sinusoids), so that bytes do not tell."""
+    names = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8")).get("architectures")
+    try:
+        kinds = [getattr(transformers, str(name), None) for name in names or ()]
+    except (ImportError, RuntimeError, TypeError):  # of a class whose packages are not installed
+        return False
+    return any(getattr(kind, "_keys_to_ignore_on_save", None) for kind in kinds)
+
+
+def tensor_bytes(folder: Path) -> int | None:
+    """Bytes of all tensors of a saved model, as the headers of its safetensors files tell; None for a model in pickles."""
+    names = [name for name in ("model.safetensors", "model.safetensors.index.json") if (folder / name).is_file()]
+    if not names:
+        return None
+    if names[0].endswith(".json"):
+        names = sorted(set(json.loads((folder / names[0]).read_text())["weight_map"].values()))
+    held = 0
+    for name in names:
+        with open(folder / name, "rb") as file:
+            header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
+        held += sum(
+            end - begin for key, entry in header.items() if key != "__metadata__" for begin, end in [entry["data_offsets"]]
+        )
+    return held
+
+
 def check_recipe(recipe: Any) -> str | None:
     if recipe is None:
         return None
     if isinstance(recipe, Mapping):
         try:
-            return yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True)
+            return dump(dict(recipe))
         except yaml.YAMLError as error:
             raise CompressionError(f"recipe holds something that YAML cannot: {error}.") from error
     if not isinstance(recipe, str | os.PathLike):
@@ -134,7 +176,8 @@ def check_recipe(recipe: Any) -> str | None:
 def check_output(folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
         raise CompressionError(f"output must be a folder, and {folder} is a file.")
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / CONFIG_FILE).is_file():
+    others = [path for path in folder.iterdir() if not path.name.startswith(STAGED)] if folder.is_dir() else []
+    if others and not (folder / CONFIG_FILE).is_file():
         raise CompressionError(
             f"output must be a new or empty folder, or one that holds a model: {folder} holds other things, and all of a "
             "folder is published."

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import os
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
-from .about import as_json, check_about
+from .about import LARGEST, as_json, check_about, check_conditions
 from .edits import CompressionError
 from .files import replace_files
 
@@ -77,11 +77,13 @@ class Report:
         timings (`tuple[Timing, ...]`): latency at other batch sizes.
         about (`dict`): what the numbers are about, for the card: `base_model`, `base_revision`, `base_card`, `task` (the
             Hub's pipeline tag), `dataset` (`name`, `config`, `split`, `rows`, `metric_name`), `metric`, `seed`, `versions`,
-            `tier` (`"stock"` or `"plugin"`), `stages` (dicts of `name`, `metric`, `latency`, `parameters`, `bytes`), `recipe`,
-            `name`, `repo_id`; all optional. `measure` fills in what it can see.
+            `tier` (`"stock"` or `"plugin"`), `stages` (dicts of `name`, `metric`, `latency` in seconds, `parameters`, `bytes`),
+            `against` (what the baseline is called), `notes` (sentences for the limits), `architecture` (a class), `auto_model`
+            (the one that loads it), `library_name`, `recipe`, `name`, `repo_id`; all optional. `measure` fills in what it
+            can see.
 
     Raises:
-        CompressionError: something in `about` or `conditions` that JSON cannot hold, of a wrong type, or misspelt.
+        CompressionError: something in `about` or `conditions` that JSON cannot hold, of a wrong type or shape, or misspelt.
 
     Example:
 
@@ -115,7 +117,7 @@ class Report:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "timings", tuple(self.timings))
-        object.__setattr__(self, "conditions", as_json(self.conditions, "Report.conditions"))
+        object.__setattr__(self, "conditions", check_conditions(self.conditions))
         object.__setattr__(self, "about", check_about(self.about))
 
     @property
@@ -139,6 +141,7 @@ class Report:
         """
         if not isinstance(data, Mapping) or "model" not in data:
             raise CompressionError(f"Not a report: expected what Report.to_dict() gives, got {str(data)[:80]!r}.")
+        data = as_json(dict(data), "The report")
         if data.get("format", FORMAT) != FORMAT:
             raise CompressionError(
                 f"This report has format {data['format']!r}; this hf_compress reads format {FORMAT}. Upgrade hf_compress."
@@ -159,35 +162,31 @@ class Report:
         """The report that `save` wrote into a folder, or that a file holds.
 
         Raises:
-            CompressionError: there is none, or it is truncated or something else.
+            CompressionError: there is none, it is truncated or something else, or holds a value of a wrong type or that cannot
+                be (a metric may be nan: that of a training that diverged).
         """
         target = _file(path, "load")
         try:
-            data = json.loads(target.read_text(encoding="utf-8"))
+            return cls.from_dict(json.loads(target.read_text(encoding="utf-8")))
+        except CompressionError as error:
+            raise CompressionError(f"{target}: {error}") from None
         except OSError as error:
             raise CompressionError(
                 f"No report to read at {target}: {error.strerror}. measure(...).save(folder) writes one."
             ) from error
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise CompressionError(f"{target} is not a whole report ({error}); save it again.") from error
-        try:
-            return cls.from_dict(data)
-        except CompressionError as error:
-            raise CompressionError(f"{target}: {error}") from None
 
     def __str__(self) -> str:
         a, b = self.model, self.against
-        rows: list[tuple[str, ...]] = [("", "model", "against" if b else "", "ratio" if b else "")]
-
-        def add(name: str, one: float, other: float | None, show: Callable[[float], str]) -> None:
-            ratio = f"{one / other:.3f}" if other else ""
-            rows.append((name, show(one), show(other) if other is not None else "", ratio))
-
+        rows: list[tuple[str, ...]] = [("", "model", "against" if b else "", "change" if b else "")]
         for key, name in COUNTS.items():
-            add(name, getattr(a, key), b and getattr(b, key), lambda v: f"{v:,.0f}")
+            change = f"{self.ratios[key]:.3f}x" if key in self.ratios else ""
+            rows.append((name, f"{getattr(a, key):,}", f"{getattr(b, key):,}" if b else "", change))
         rows.append(("latency", str(a.latency), str(b.latency) if b else "", ""))
-        for name, value in a.metrics.items():
-            add(name, value, b.metrics.get(name) if b else None, lambda v: f"{v:.4f}")
+        for name, value in a.metrics.items():  # a ratio of correlations, or of losses, means nothing
+            other = b.metrics.get(name) if b else None
+            rows.append((name, f"{value:.4f}", *(("", "") if other is None else (f"{other:.4f}", f"{value - other:+.4f}"))))
         lines = _table(rows)
         if self.speedup is not None and self.speedup_interval is not None:
             low, high = self.speedup_interval
@@ -259,10 +258,14 @@ def _read(kind: Any, data: Any, where: str) -> Any:
     if origin is dict:
         if not isinstance(data, Mapping):
             raise CompressionError(f"{where} must be a dict, got {str(data)[:80]!r}.")
-        return {
-            key: value if arguments[1] is Any else _read(arguments[1], value, f"{where}.{key}") for key, value in data.items()
-        }
-    allowed = (int, float) if kind is float else kind
-    if not isinstance(data, allowed) or isinstance(data, bool):
-        raise CompressionError(f"{where} must be a number, got {str(data)[:80]!r}.")
+        return {k: v if arguments[1] is Any else _number(arguments[1], v, f"{where}.{k}") for k, v in data.items()}
+    value = _number(kind, data, where)
+    if not 0 <= value < LARGEST:
+        raise CompressionError(f"{where} must be a number from 0 to {LARGEST:.0e}, got {str(data)[:80]!r}.")
+    return value
+
+
+def _number(kind: type, data: Any, where: str) -> Any:
+    if type(data) is not kind and not (kind is float and type(data) is int and abs(data) < LARGEST):
+        raise CompressionError(f"{where} must be a {'whole ' * (kind is int)}number, got {str(data)[:80]!r}.")
     return kind(data)

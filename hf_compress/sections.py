@@ -10,9 +10,9 @@ from typing import Any
 
 import yaml
 from huggingface_hub.repocard import REGEX_YAML_BLOCK, ModelCard
-from huggingface_hub.utils import yaml_dump
 
 from .edits import CompressionError
+from .yaml12 import dump, load
 
 _SECTION = re.compile(
     r"^<!-- hf_compress:(?P<name>\w+) (?P<digest>[0-9a-f]{16}) -->\n(?P<text>.*?)^<!-- /hf_compress:(?P=name) -->$", re.M | re.S
@@ -20,6 +20,8 @@ _SECTION = re.compile(
 _RECORD = re.compile(r"^<!-- hf_compress (?P<json>\{.*\}) -->\n?", re.M)
 # how transformers' Trainer begins a card that nobody has looked at
 _TRAINER = "<!-- This model card has been generated automatically according to the information the Trainer had access to."
+# where our lines name the repository that a model is loaded from
+_ADDRESS = re.compile(r'((?:from_pretrained|SentenceTransformer)\(|pipeline\("[^"\n]*", )"[^"\n]*"')
 
 
 def compose(metadata: Mapping[str, Any], sections: Mapping[str, str]) -> str:
@@ -89,7 +91,7 @@ def merge_card(old: str, new: str) -> str:
     ```
     """
     ends = "\r\n" if "\r\n" in old else "\n"
-    (theirs, body), (ours, fresh) = _split(old, "old"), _split(new, "new")
+    (theirs, body), (ours, fresh) = split_card(old, "old"), split_card(new, "new")
     noted, written = _recorded(body)
     record, names = _recorded(fresh)
     sections = {m["name"]: m for m in _SECTION.finditer(fresh)}
@@ -113,12 +115,122 @@ def merge_card(old: str, new: str) -> str:
     return _card(metadata, text).replace("\n", ends)
 
 
+def kept_by_hand(old: str, new: str) -> tuple[list[str], list[str]]:
+    """What `merge_card` keeps of the old card, although something else is in the new one.
+
+    Args:
+        old, new (`str`): as for `merge_card`.
+
+    Returns:
+        `tuple[list[str], list[str]]`: the names of sections (and of YAML keys) that were edited or taken out in the old card
+        and edited otherwise in the new one, whose text is lost; and of sections that were edited by hand in the old card,
+        while what we write there has changed since.
+
+    Example:
+
+    ```python
+    >>> from hf_compress.sections import compose, kept_by_hand
+    >>> edited = compose({}, {"results": "0.8", "use": "Load it."}).replace("0.8", "About 0.8").replace("Load", "Do load")
+    >>> kept_by_hand(edited, compose({}, {"results": "0.9", "use": "Load it."}))
+    ([], ['results'])
+    >>> kept_by_hand(edited, compose({}, {"results": "0.8", "use": "Load it."}).replace("Load", "Never load"))
+    (['use'], [])
+
+    ```
+    """
+    (theirs, body), (ours, fresh) = split_card(old, "old"), split_card(new, "new")
+    (noted, written), (mine, _) = _recorded(body), _recorded(fresh)
+    there, here = ({m["name"]: m for m in _SECTION.finditer(text)} for text in (body, fresh))
+    lost, outdated = [], []
+    for name, section in here.items():
+        before, edited = there.get(name), _is_edited(section)
+        if before is None:
+            lost += [name] if edited and name in written else []
+        elif _is_edited(before):
+            if edited and _digest(before["text"]) != _digest(section["text"]):
+                lost.append(name)
+            elif before["digest"] != section["digest"]:
+                outdated.append(name)
+    for key in theirs.keys() & ours.keys() & (noted or {}).keys() & (mine or {}).keys():
+        values = [_noted(theirs[key]), _noted(ours[key])]
+        if not _is_words(values[0]) and values[0] not in (values[1], (noted or {})[key]) and values[1] != (mine or {})[key]:
+            lost.append(f"{key} (YAML)")
+    return lost, outdated
+
+
+def readdressed(card: str, repo_id: str) -> str:
+    """A card whose lines that load the model name this repository, unless a person edited that section.
+
+    Args:
+        card (`str`): with any line ends.
+        repo_id (`str`): where the model is now.
+
+    Returns:
+        `str`: the card; as it was where it has no such section of ours.
+
+    Example:
+
+    ```python
+    >>> from hf_compress.sections import compose, readdressed
+    >>> card = compose({}, {"use": 'AutoModel.from_pretrained("out")'})
+    >>> readdressed(card, "me/small") == compose({}, {"use": 'AutoModel.from_pretrained("me/small")'})
+    True
+
+    ```
+    """
+    ends = "\r\n" if "\r\n" in card else "\n"
+
+    def renew(section: re.Match) -> str:
+        if section["name"] != "use" or _is_edited(section):
+            return section[0]
+        text = _ADDRESS.sub(lambda call: f'{call[1]}"{repo_id}"', section["text"])
+        return _block(section["name"], _digest(text), text)
+
+    text = card.replace("\r\n", "\n")
+    renewed = _SECTION.sub(renew, text)
+    return card if renewed == text else renewed.replace("\n", ends)
+
+
+def with_metadata(card: str, more: Mapping[str, Any]) -> str:
+    """A card with more YAML: lists are added to, other values replaced, and empty ones left out.
+
+    Args:
+        card (`str`): any card.
+        more (`dict`): such as `{"license": "mit", "tags": ["mine"]}`.
+
+    Returns:
+        `str`: the card.
+
+    Example:
+
+    ```python
+    >>> from hf_compress.sections import with_metadata
+    >>> with_metadata("---\\ntags: [a]\\n---\\n\\nText.", {"tags": "b", "language": "no", "license": None})
+    "---\\ntags:\\n- a\\n- b\\nlanguage: 'no'\\n---\\n\\nText."
+
+    ```
+    """
+    given = {name: value for name, value in more.items() if value}
+    if not given:
+        return card
+    metadata, body = split_card(card, "new")
+    for name, value in given.items():
+        if isinstance(metadata.get(name), list):
+            value = list(dict.fromkeys([*metadata[name], *([value] if isinstance(value, str) else value)]))
+        metadata[name] = value
+    return _card(metadata, body)
+
+
+def _is_edited(section: re.Match) -> bool:
+    return _digest(section["text"]) != section["digest"]
+
+
 def _replaced(body: str, sections: Mapping[str, re.Match], written: list[str]) -> str:
     """The old body with our sections brought up to date, and new ones behind the one that comes before them."""
     present = {m["name"] for m in _SECTION.finditer(body)}
 
     def renew(old: re.Match) -> str:
-        if _digest(old["text"]) != old["digest"]:
+        if _is_edited(old):
             return old[0]
         return sections[old["name"]][0] if old["name"] in sections else "\0"
 
@@ -166,9 +278,13 @@ def _is_words(value: Any) -> bool:
 
 def _noted(value: Any) -> Any:
     """What the record keeps of a value: lists of words themselves, so that they can be merged; else a digest."""
-    return (
-        value if _is_words(value) else hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
-    )
+    if _is_words(value):
+        return value
+    try:
+        text = json.dumps(value, sort_keys=True, default=str)
+    except (TypeError, ValueError, RecursionError):  # keys of several types, a list that holds itself
+        text = dump(value)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _digest(text: str) -> str:
@@ -203,14 +319,31 @@ def _disarmed(text: str) -> str:
     return re.sub(r"<!--(?=\s*/?hf_compress\b)", "<! --", text.replace("\r\n", "\n"))
 
 
-def _split(card: str, which: str) -> tuple[dict[str, Any], str]:
-    """(YAML, body), with Unix line ends."""
+def split_card(card: str, which: str) -> tuple[dict[str, Any], str]:
+    """The YAML at the top of a card, and its body, with Unix line ends.
+
+    Args:
+        card (`str`): any card.
+        which (`str`): what messages call it: "old", "new".
+
+    Raises:
+        CompressionError: the YAML cannot be read, or is no mapping.
+
+    Example:
+
+    ```python
+    >>> from hf_compress.sections import split_card
+    >>> split_card("---\\nlanguage: no\\n---\\n# A model", "old")
+    ({'language': 'no'}, '# A model')
+
+    ```
+    """
     card = card.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
     found = REGEX_YAML_BLOCK.search(card)
     if found is None:
         return {}, card
     try:
-        metadata = yaml.safe_load(found[2])
+        metadata = load(found[2])
     except yaml.YAMLError as error:
         place = " ".join(str(error).split())
         raise CompressionError(f"The YAML at the top of the {which} card cannot be read ({place}); correct it first.") from None
@@ -233,5 +366,5 @@ def _is_empty_form(body: str) -> bool:
 
 
 def _card(metadata: Mapping[str, Any], body: str) -> str:
-    top = f"---\n{yaml_dump(dict(metadata), sort_keys=False).strip()}\n---\n\n" if metadata else ""
+    top = f"---\n{dump(dict(metadata)).strip()}\n---\n\n" if metadata else ""
     return top + body.lstrip("\n")

@@ -130,7 +130,7 @@ def _quantize(edits: list[Any]) -> list[str]:
         + (", unpacked whenever used" if decode == "call" else "")
         + "."
         for (bits, group, activations, decode), number in groups.items()
-    ]
+    ] + ["Not quantized: biases, norms and every layer that the plan below does not list; they stay in floating point."]
 
 
 def _exits(edits: list[Any]) -> list[str]:
@@ -157,8 +157,8 @@ SENTENCES: dict[type, Callable[[list[Any]], list[str]]] = {
 }
 
 
-def limits(edits: Iterable[Edit], report: Report | None) -> list[str]:
-    """What the model does not do, from what was done to it and what was measured."""
+def limits(edits: Iterable[Edit], report: Report | None, about: Mapping[str, Any]) -> list[str]:
+    """What the model does not do, from what was done to it, what was measured, and what is noted about it."""
     quantized = [edit for edit in edits if isinstance(edit, Quantize)]
     said: list[str] = []
     if any(edit.activations == "none" for edit in quantized):
@@ -178,12 +178,13 @@ def limits(edits: Iterable[Edit], report: Report | None) -> list[str]:
         slow = [t for t in timings_of(report) if t.speedup is not None and t.speedup < SAME_SPEED]
         if slow:
             found = and_list(f"{where(t)} ({t.speedup:.2f}x)" for t in slow)
-            said.append(f"It was not, or hardly, faster than the model it was made from at {found}.")
+            said.append(f"It was not, or hardly, faster than {baseline(about)} at {found}.")
         if report.against is None:
             said.append("No other model was timed beside it, so nothing here says how much faster it is.")
         if not report.model.metrics:
             said.append("Its quality on a task was not measured for this card.")
         said.append("The latencies are those of one machine; on others they, and what they gain, will differ.")
+    said += [one_line(note) for note in about.get("notes", ()) if note.strip()]
     said.append(
         "It has the limits and biases of the model it was made from. Compression can add to them, most of all on inputs unlike "
         "those that it was trained and measured on."
@@ -203,6 +204,27 @@ def timings_of(report: Report) -> list[Timing]:
     against = report.against.latency if report.against else None
     own = Timing(shape[0], length, report.model.latency, against, report.speedup, report.speedup_interval)
     return [own, *report.timings]
+
+
+def stage_batch(report: Report | None, about: Mapping[str, Any]) -> str:
+    """The batch at which the stages were timed: that at which the last of them, which is the model, is in the report.
+
+    Args:
+        report (`Report`, *optional*): what was measured.
+        about (`dict`): with `stages`.
+
+    Returns:
+        `str`: such as `"batch 32 x 64"`; empty where the report does not tell.
+    """
+    last = next((stage.get("latency") for stage in reversed(about.get("stages", ()))), None)
+    seconds = last.get("median") if isinstance(last, Mapping) else last
+    found = [t for t in (timings_of(report) if report else ()) if t.batch and t.model.median == seconds]
+    return where(found[0]) if found else ""
+
+
+def baseline(about: Mapping[str, Any]) -> str:
+    """What the model was measured beside, in a sentence."""
+    return f"its baseline ({one_line(about['against'])})" if about.get("against") else "the model it was made from"
 
 
 def where(timing: Timing) -> str:
@@ -225,6 +247,8 @@ def digits(value: float, significant: int = 4) -> str:
     """So many significant digits; zeros at the end are left out, and there is no exponent where people write none."""
     if not math.isfinite(value):
         return str(value)
+    if abs(value) >= 1e15:
+        return f"{value:.{significant}g}"
     places = significant - 1 - math.floor(math.log10(abs(value))) if value else 0
     return f"{value:.{min(places, 12)}f}".rstrip("0").rstrip(".") if places > 0 else f"{value:,.0f}"
 
@@ -243,13 +267,6 @@ def milliseconds(value: Latency | Mapping[str, Any] | float) -> str:
         return f"{digits(value.median * 1e3)} ms ({digits(value.low * 1e3)}-{digits(value.high * 1e3)})"
     seconds = value.get("median", math.nan) if isinstance(value, Mapping) else value
     return f"{digits(seconds * 1e3)} ms"
-
-
-def is_number(value: Any, what: str = "") -> bool:
-    """Whether a stage's value can be shown; a latency may also be a dict, as `Report.to_dict` writes it."""
-    if what == "latency" and isinstance(value, Mapping):
-        value = value.get("median")
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def one_line(value: Any) -> str:

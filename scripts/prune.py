@@ -14,12 +14,12 @@ from __future__ import annotations
 import os
 import sys
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import datasets
 import numpy as np
 import torch
-from datasets.exceptions import DatasetsError
 from transformers import (
     AutoImageProcessor,
     AutoModelForImageClassification,
@@ -31,6 +31,7 @@ from transformers import (
     default_data_collator,
     set_seed,
 )
+from transformers.utils import logging
 
 import hf_compress as hc
 
@@ -64,6 +65,13 @@ TEXT_PAIRS = (
     ("question1", "question2"),
     ("question", "sentence"),
     ("text_a", "text_b"),
+)
+ABOVE_0 = (
+    "learning_rate",
+    "num_train_epochs",
+    "per_device_train_batch_size",
+    "per_device_eval_batch_size",
+    "gradient_accumulation_steps",
 )
 
 
@@ -104,12 +112,32 @@ class DataArguments:
 def parse(*kinds: Any) -> tuple[Any, ...]:
     """The arguments of the command line, or of the one JSON file that is named there."""
     parser: Any = HfArgumentParser(kinds, description=(__doc__ or "").partition("\n")[0])
+
+    def refuse(message: str) -> None:  # argparse would print all of its options first
+        raise hc.CompressionError(f"{message}; --help shows all.")
+
+    parser.error = refuse
+    if not sys.stderr.isatty():  # bars are for people
+        datasets.disable_progress_bars()
+        logging.disable_progress_bar()
     try:
-        if len(sys.argv) == 2 and sys.argv[1].endswith(".json"):
-            return parser.parse_json_file(sys.argv[1])
-        return parser.parse_args_into_dataclasses()
-    except (OSError, ValueError) as error:
+        alone = len(sys.argv) == 2 and sys.argv[1].endswith(".json")
+        found = parser.parse_json_file(sys.argv[1]) if alone else parser.parse_args_into_dataclasses()
+    except (OSError, TypeError, ValueError, AttributeError) as error:  # the last two: a JSON file of something else
         raise hc.CompressionError(" ".join(str(error).split())) from error
+    output = str(found[-1].output_dir)
+    if os.path.exists(output) and not os.path.isdir(output):
+        raise hc.CompressionError(f"--output_dir {output!r} is a file; name a folder.")
+    for name in ABOVE_0:
+        if not getattr(found[-1], name) > 0:
+            raise hc.CompressionError(f"--{name} must be above 0, got {getattr(found[-1], name)}.")
+    return found
+
+
+@cache
+def note(text: str) -> None:
+    """Say it once."""
+    print(f"note: {text}", file=sys.stderr)
 
 
 def load_data(args: DataArguments, seed: int) -> tuple[datasets.Dataset, datasets.Dataset]:
@@ -125,13 +153,16 @@ def load_data(args: DataArguments, seed: int) -> tuple[datasets.Dataset, dataset
                 raise ValueError(f"{args.train_file} is no CSV, TSV, JSON, JSON lines or Parquet file")
             more: Any = {"sep": "\t", "quoting": 3} if suffix == ".tsv" else {}  # 3: a quote is an ordinary character
             data = datasets.load_dataset(kind, data_files={k: v for k, v in files.items() if v}, **more)
-    except (OSError, ValueError, DatasetsError) as error:
+    except Exception as error:  # parsers fail in their own ways
         raise hc.CompressionError(f"Cannot load the data: {' '.join(str(error).split())}") from error
     held_out = args.validation_split or next((name for name in ("validation", "test") if name in data), None)
     for option, name in (("train_split", args.train_split), ("validation_split", held_out)):
         if name is not None and name not in data:
             raise hc.CompressionError(f"No split {name!r} (--{option}); there are {', '.join(data)}.")
+    args.validation_split = held_out or f"{args.train_split}, 20% held out"  # the report says which rows it is about
     if held_out is None:
+        if len(data[args.train_split]) < 2:
+            raise hc.CompressionError("One row is too few to hold some out to evaluate on; give more, or --validation_file.")
         data = data[args.train_split].train_test_split(0.2, seed=seed)
         return data["train"], data["test"]
     return data[args.train_split], data[held_out]
@@ -183,9 +214,17 @@ def load_model(name: str, revision: str, task: str | None, names: list[Any]) -> 
         processor = reader.from_pretrained(name, revision=revision)
         model, info = kind.from_pretrained(name, output_loading_info=True, **options)
     except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
+        path = name.startswith(("/", ".", "~")) or name.count("/") > 1
+        reason = "there is no such folder." if path and not os.path.isdir(name) else " ".join(str(error).split())
         raise hc.CompressionError(f"Cannot load {name!r} as a classifier of {task}s: {reason}") from error
-    if all(str(label).startswith("LABEL_") for label in model.config.id2label.values()):  # nobody named them
+    known = [str(label) for label in model.config.id2label.values()]
+    unnamed = all(label.startswith("LABEL_") for label in known)
+    words = not all(str(label).isdigit() for label in names)  # classes that are numbers keep the names of the head
+    other = words and {label.lower() for label in known} != {str(label).lower() for label in names}
+    if unnamed or other:  # as run_glue.py does
+        if not unnamed:
+            here = ", ".join(map(str, names[:5]))
+            note(f"{name!r} was trained for {', '.join(known[:5])}; here they are {here}, in that order.")
         model.config.id2label = {i: str(label) for i, label in enumerate(names)}
         model.config.label2id = {str(label): i for i, label in enumerate(names)}
     if task == "text" and model.config.pad_token_id is None:  # decoders
@@ -214,7 +253,9 @@ def encode(
             "(--validation_split) or clean the data."
         )
 
-    image, max_length = str(args.image_column), args.max_length
+    image, max_length = str(args.image_column), min(args.max_length, getattr(processor, "model_max_length", args.max_length))
+    if args.task == "text" and max_length < args.max_length:
+        note(f"texts are cut at {max_length} tokens, the most that this tokenizer allows (--max_length {args.max_length}).")
     texts = [name for name in (args.text_column, args.text_pair_column) if name and args.task == "text"]
     for column in texts:
         if not all(isinstance(text, str) for text in rows[column]):
@@ -231,7 +272,13 @@ def encode(
     if args.task == "text":
         return rows.map(read, batched=True, remove_columns=rows.column_names)
     mode = "L" if getattr(model.config, "num_channels", 3) == 1 else "RGB"
-    return rows.cast_column(image, datasets.Image(mode=mode)).with_transform(see)
+    try:
+        seen = rows.cast_column(image, datasets.Image(mode=mode)).with_transform(see)
+        seen[0]  # the rest are opened as they are needed
+    except Exception as error:  # what is no image fails in many ways
+        reason = " ".join(str(error).split())[:200]
+        raise hc.CompressionError(f"Column {image!r} (--image_column) holds no images that can be opened: {reason}") from error
+    return seen
 
 
 def accuracy(prediction: Any) -> dict[str, float]:
@@ -254,14 +301,15 @@ def report_on(trainer: Any, dense: Any, scores: tuple[float, float | None], args
     with torch.no_grad():
         off = (loaded(**batch).logits - trainer.model.eval()(**batch).logits).abs().max().item()
     print(f"\nSaved to {trainer.args.output_dir} and loaded again: logits differ by at most {off:.1e}\n")
-    name = args.dataset_name or os.path.basename(str(args.train_file))
+    name = args.dataset_name or args.validation_file or str(args.train_file)
     data = {
-        "name": name,
+        "name": f"./{os.path.basename(os.path.abspath(name))}" if os.path.exists(name) else name,
         "config": args.dataset_config_name,
         "split": args.validation_split,
         "rows": len(trainer.eval_dataset),
         "metric_name": "accuracy",
     }
+    data = {key: value for key, value in data.items() if value is not None}
     return hc.measure(
         loaded,
         batch,
@@ -297,6 +345,8 @@ def main() -> None:
 
     collator = DataCollatorWithPadding(processor) if data_args.task == "text" else default_data_collator
     dense = load_model(*source)[0]
+    if new_head:
+        note(f"{source[0]!r} has no head for these {len(names)} classes: a new one is trained.")
     before = None if new_head else score(dense, args, test, collator)  # a new head's would say nothing
 
     # Training: masks while it runs, small when it ends

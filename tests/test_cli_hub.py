@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 
 import pytest
+import yaml
+
+from tests.recipe_models import text_classification
 
 pytest_plugins = ["tests.hub.fixtures"]
 
@@ -79,3 +82,18 @@ def test_a_hub_that_does_not_answer(hub, cli, folder):
 def test_a_model_that_is_not_on_the_hub(cli):
     found = cli("measure", "alice/nothing", code=2)["err"]
     assert "OUT: there is no folder 'alice/nothing' here, and no such model" in found and found.count("\n") == 1
+
+
+def test_run_tells_where_it_published(hub, cli, tmp_path):
+    """The commit's address in the text, and in the data; pushed again, a pull request's."""
+    recipe = {**text_classification(tmp_path), "output": str(tmp_path / "out")}
+    recipe["steps"] = [{"finetune": {"max_steps": 1}}, {"measure": {"batch_sizes": [1], "repeats": 1, "warmup": 0}}]
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.dump(recipe))
+    said = cli("run", str(path), "--push-to-hub", "alice/run")["out"].splitlines()[-1]
+    commit, _ = hub.store.commit(hub.store.repo("models", "alice/run", "alice"), "main")
+    assert said == f"published: {hub.endpoint}/alice/run/commit/{commit}"
+    path.write_text(yaml.dump({**recipe, "push": {"repo": "alice/run", "create_pr": True}}))
+    found = json.loads(cli("run", str(path), "--json")["out"])
+    assert found["about"]["published"] == {"repo": "alice/run", "url": f"{hub.endpoint}/alice/run/discussions/1"}
+    assert "published" not in json.loads((tmp_path / "out" / "report.json").read_text())["about"]

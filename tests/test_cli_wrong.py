@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,8 +14,10 @@ import torch
 import transformers as T
 import yaml
 
+import hf_compress as hc
 from hf_compress.cli import main
 from tests.recipe_models import TEXT, text_classification
+from tests.trainers import trainer
 from tests.zoo import build
 
 # the words, and what the line must name
@@ -54,11 +57,30 @@ WRONG = {
     "a folder without a model": ("inspect texts", "MODEL: the folder 'texts' holds no model: it has no config.json"),
     "a folder around models": ("inspect around", "1 folder in it do: inner"),
     "an adapter": ("inspect adapter", "MODEL: the folder 'adapter' holds an adapter; merge"),
-    "a config that is no JSON": ("inspect broken", "MODEL: cannot load 'broken'"),
+    "a config that is no JSON": ("inspect broken", "MODEL: broken/config.json cannot be read"),
+    "a config that is no JSON, measured": ("measure broken", "OUT: broken/config.json cannot be read"),
+    "a config that is no JSON, pushed": ("push broken me/x", "broken/config.json cannot be read"),
+    "a config that is a list": ("inspect listed", "MODEL: cannot load 'listed'"),
+    "weights without a config": ("inspect bare", "MODEL: the folder 'bare' holds weights and no config.json: copy the one"),
+    "weights without a config, pushed": ("push bare me/x", "FOLDER: the folder 'bare' holds weights and no config.json"),
+    "truncated weights": ("inspect short", "MODEL: short/model.safetensors is truncated or damaged"),
+    "truncated weights, measured": ("measure short", "OUT: short/model.safetensors is truncated or damaged"),
+    "truncated weights, pushed": ("push short me/x", "short/model.safetensors is truncated or damaged"),
+    "truncated weights as BASE": ("measure small --against short", "argument --against: short/model.safetensors is truncated"),
+    "a shard missing": ("inspect sharded", "MODEL: sharded lacks model-00001-of-00002.safetensors"),
+    "a shard missing, measured": ("measure sharded", "OUT: sharded lacks model-00001-of-00002.safetensors"),
+    "a checkpoint with masks": ("measure masked", "OUT: 'masked' is from the middle of a training: its model is masked"),
+    "a checkpoint with masks, pushed": ("push masked me/x", "masked is from the middle of a training"),
+    "a checkpoint with masks as BASE": ("measure small --against masked", "argument --against: 'masked' is from the middle"),
+    "a recipe's folder that is not finished": (
+        "measure killed",
+        "OUT: 'killed' is the output of a recipe that is not finished",
+    ),
+    "a recipe's folder that is not finished, inspected": ("inspect killed", "each finished step left is in killed/steps"),
     "a config of no model": ("inspect unknown", "MODEL: cannot load 'unknown'"),
     "a record that was changed": ("inspect tampered", "MODEL"),
     # measure
-    "OUT without weights": ("measure unweighted", "OUT: cannot load 'unweighted'"),
+    "OUT without weights": ("measure unweighted", "OUT: unweighted has no weights (model.safetensors). Save"),
     "OUT that is no model": ("measure texts --against bert", "OUT: the folder 'texts' holds no model"),
     "BASE that is not there": ("measure small --against ./bret", "argument --against: there is no folder './bret'; did you"),
     "BASE of another task": ("measure small --against tokens", "argument --against: 'tokens' is a BertForTokenClassification"),
@@ -77,6 +99,16 @@ WRONG = {
     "the length of pictures": ("measure vit --length 8", "argument --length: ViTForImageClassification reads no texts"),
     "a report into a file": ("measure small -o good.yaml", "argument --output: 'good.yaml' is a file"),
     "a report into nowhere": ("measure small -o no/where/report.json", "argument --output: there is no folder 'no/where'"),
+    "a report over a config": ("measure small -o small/config.json", "Not a report: expected what Report.to_dict() gives"),
+    "a report over one of another model": (
+        "measure tokens -o theirs.json",
+        "argument --output: 'theirs.json' is the report of another",
+    ),
+    "a report over half of one": ("measure small -o half.json", "half.json is not a whole report"),
+    "a report that would lose its baseline": (
+        "measure small -o both.json",
+        "compares with a baseline, and what it says of that",
+    ),
     # recipes
     "no such recipe": ("run nope.yaml", "nope.yaml:1: there is no such file"),
     "a recipe that is a folder": ("run bert", "bert:1: "),
@@ -97,6 +129,16 @@ WRONG = {
         "recipe init bert --task text-clasification",
         "argument --task: unknown task 'text-clasification'; did you mean 'text-classification'",
     ),
+    "a template for a task of other models": (
+        "recipe init vit --task text-classification",
+        "argument --task: 'vit' (vit) is no model for text-classification. Tasks that fit it: image-classification.",
+    ),
+    "a template for a task of no encoder": (
+        "recipe init bert --task text-generation",
+        "is no model for text-generation. Tasks that fit it: text-classification, token-classification, sentence-similarity.",
+    ),
+    "a template for a quantized model": ("recipe init int8", "'int8' is quantized: its weights are integers"),
+    "a template for a damaged config": ("recipe init broken", "MODEL: broken/config.json cannot be read"),
     "no shipped recipe": ("recipe show text-clasification", "NAME: no recipe 'text-clasification' ships; did you mean 'text-"),
     # push and demo
     "a push of nothing": ("push ./bret me/x", "FOLDER: there is no folder './bret'; did you mean 'bert'"),
@@ -109,6 +151,9 @@ WRONG = {
     "a push to no branch": ("push small me/x --revision ''", "argument --revision: must not be empty"),
     "an empty token": ("push small me/x --token ''", "argument --token: must not be empty"),
     "a demo into a file": ("demo --output good.yaml", "argument --output: 'good.yaml' is a file"),
+    "a demo below a file": ("demo --output good.yaml/x", "argument --output: 'good.yaml' is a file"),
+    "a demo among other things": ("demo --output texts", "argument --output: the folder 'texts' holds other things"),
+    "a demo over another recipe": ("demo --output other", "argument --output: the folder 'other' holds other things"),
 }
 
 
@@ -135,10 +180,40 @@ def world(tmp_path_factory) -> Path:
         ("unknown", "config.json", '{"model_type": "no_such_model"}'),
         ("unweighted", "config.json", json.dumps(config)),
         ("tampered", "config.json", json.dumps({**config, "quantization_config": record})),
+        ("listed", "config.json", "[]"),
+        ("killed/steps", "run.json", "{}"),
+        ("other", "recipe.yaml", "model: bert\n"),
     ):
-        (root / name).mkdir()
+        (root / name).mkdir(parents=True)
         (root / name / file).write_text(text)
+    for name in ("short", "bare", "sharded", "int8"):
+        shutil.copytree(root / "small", root / name)
+    weights = (root / "short" / "model.safetensors").read_bytes()
+    (root / "short" / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+    (root / "bare" / "config.json").unlink()
+    (root / "sharded" / "model.safetensors").rename(root / "sharded" / "model-00002-of-00002.safetensors")
+    shards = {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
+    (root / "sharded" / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": shards}))
+    model = T.BertForSequenceClassification.from_pretrained(root / "small")
+    ids = {"input_ids": torch.ones(2, 8, dtype=torch.long)}
+    hc.measure(model, ids, repeats=1, warmup=0).save(root / "theirs.json")
+    hc.measure(model, ids, against=model, repeats=1, warmup=0).save(root / "both.json")
+    (root / "half.json").write_text((root / "both.json").read_text()[:200])
+    hc.apply_(model, hc.plan_quantization(model, bits=8)).save_pretrained(root / "int8")
+    masked(root / "masked")
     return root
+
+
+def masked(folder: Path) -> None:
+    """A checkpoint from the middle of a training that prunes."""
+    callback = hc.PruningCallback(heads=0.5, every=1, end=0.9)
+    trainer(folder.parent / "training", [callback, Stop()], save_strategy="steps", save_steps=6).train()
+    (folder.parent / "training" / "checkpoint-6").rename(folder)
+
+
+class Stop(T.TrainerCallback):
+    def on_save(self, args, state, control, **kwargs):
+        control.should_training_stop = True
 
 
 def files(root: Path) -> dict[str, int]:

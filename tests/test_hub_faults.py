@@ -37,6 +37,13 @@ def is_whole(hub, repo_id, folder):
     return True
 
 
+def requests_of_a_push(hub, push, repo_id):
+    """What an undisturbed push of something new asks for."""
+    begin = len(hub.requests)
+    push(repo_id)
+    return [f"{method} {path}" for method, path, _ in hub.requests[begin:]]
+
+
 @pytest.mark.parametrize("down", [False, True], ids=["once", "from then on"])
 @pytest.mark.parametrize("how", ["before", "after"])
 def test_a_push_cut_at_every_request_is_whole_when_run_again(how, down, hub, user, folder):
@@ -62,7 +69,11 @@ def test_a_push_cut_at_every_request_is_whole_when_run_again(how, down, hub, use
         assert len(hub.store.history(repo_id)) == 2  # nothing twice
         recovered += 1
     shards = sum(name.startswith("model-") for name in content(folder))
-    assert recovered >= 6 + shards and failures >= (recovered if down and how == "before" else 4)
+    asked = requests_of_a_push(
+        hub, lambda repo: user("push_folder", folder=str(folder), repo_id=repo), f"alice/whole-{how}-{down}"
+    )
+    assert recovered == len(asked) and sum("PUT /_lfs/" in line for line in asked) == shards
+    assert failures >= (recovered if down and how == "before" else 4)
 
 
 def test_a_second_push_cut_at_every_request_leaves_the_first_or_the_second(hub, user, folder, tmp_path):
@@ -85,6 +96,38 @@ def test_a_second_push_cut_at_every_request_leaves_the_first_or_the_second(hub, 
     assert "model.safetensors" not in hub.store.paths("alice/in-use") and len(hub.store.history("alice/in-use")) == 3
 
 
+@pytest.mark.parametrize(
+    ("options", "ref", "asks"),
+    [
+        ({"revision": "tried"}, "tried", "/branch/tried"),
+        ({"create_pr": True}, "refs/pr/1", "create_pr=1"),
+        ({"private": True}, "main", "/commit/main"),
+    ],
+    ids=["a branch", "a pull request", "private"],
+)
+def test_every_other_kind_of_push_is_cut_at_every_request(options, ref, asks, hub, user, folder):
+    name = "alice/kind-" + "-".join(options)
+    tried: list[str] = []
+    for number in range(100):
+        repo_id = f"{name}-{number}"
+        hub.cut(number, down=True)
+        begin = len(hub.requests)
+        try:
+            user("push_folder", folder=str(folder), repo_id=repo_id, **options)
+        except Failed as error:
+            assert "PushError: Could not" in str(error) and "to go on: hf-compress push" in error.message
+        if not hub.heal():
+            tried = [path for _, path, _ in hub.requests[begin:]]
+            break
+        user("push_folder", folder=str(folder), repo_id=repo_id, **options)
+        made = {path: hub.store.read(repo_id, path, ref) for path in hub.store.paths(repo_id, ref) if path != ".gitattributes"}
+        assert made == content(folder) and len(hub.store.history(repo_id, ref)) == 2
+        assert hub.store.repos[f"models/{repo_id}"]["private"] == ("private" in options)
+        assert ref == "main" or hub.store.paths(repo_id) == [".gitattributes"]  # main is as it was
+        assert set(hub.store.repos[f"models/{repo_id}"]["refs"]) == {"main", ref}
+    assert len(tried) == number >= 9 and any(asks in path for path in tried)
+
+
 def test_call_again_after_a_cut(hub, user, tmp_path):
     """`push_to_hub` itself, from the model, into the same folder."""
     hub.cut(0, only="/commit/", down=True)
@@ -103,27 +146,39 @@ def test_a_server_that_died_comes_back_with_what_it_had(tmp_path, alice, folder)
     try:
         environment = {"endpoint": first.endpoint, "token": "hf_alice", "folder": str(folder)}
         alice.call("tests.hub.actions", "push_elsewhere", repo_id="alice/kept", **environment)
+        kept = content(folder)
         first.cut(0, only="/commit/", down=True)
         with pytest.raises(Failed):
             alice.call("tests.hub.actions", "push_elsewhere", repo_id="alice/lost", **environment)
     finally:
         first.stop()
     with serve(tmp_path, first.port) as second:
-        assert is_whole(second, "alice/kept", folder) and not is_whole(second, "alice/lost", folder)
+        assert {name: second.store.read("alice/kept", name) for name in kept} == kept
+        assert not is_whole(second, "alice/lost", folder)
         alice.call("tests.hub.actions", "push_elsewhere", repo_id="alice/lost", **environment)
         assert is_whole(second, "alice/lost", folder)
 
 
-def test_large_files_go_up_in_parts(tmp_path, alice, folder):
-    with serve(tmp_path, part_size=40_000) as hub:
-        where = {"endpoint": hub.endpoint, "token": "hf_alice", "folder": str(folder)}
-        hub.cut(1, only="/_lfs/", down=True)  # the second part
-        with pytest.raises(Failed, match="PushError: Could not commit to alice/parts"):
-            alice.call("tests.hub.actions", "push_elsewhere", repo_id="alice/parts", **where)
-        hub.heal()
-        alice.call("tests.hub.actions", "push_elsewhere", repo_id="alice/parts", **where)
-        assert is_whole(hub, "alice/parts", folder)
-        assert sum(path.endswith("/2") for method, path, _ in hub.requests if method == "PUT") >= 2
+def test_every_part_of_a_large_file_is_cut_once(tmp_path, alice, folder):
+    """They go up beside each other, so each is cut by its name, and the request that puts them together too."""
+    with serve(tmp_path, part_size=90_000) as hub:
+
+        def push(repo_id):
+            where = {"endpoint": hub.endpoint, "token": "hf_alice", "folder": str(folder)}
+            alice.call("tests.hub.actions", "push_elsewhere", repo_id=repo_id, **where)
+
+        uploads = [line.split("alice/parts")[1] for line in requests_of_a_push(hub, push, "alice/parts") if " /_lfs/" in line]
+        parts = [name for name in uploads if name.count("/") == 2]
+        assert len(parts) >= 4 and len(uploads) > len(parts)
+        for i, name in enumerate(uploads):
+            repo_id = f"alice/part-{i}"
+            before = sum(part.startswith(f"{name}/") for part in parts)  # what puts them together is asked for after them
+            hub.cut(before, only=f"{repo_id}{name}", down=True)
+            with pytest.raises(Failed, match="PushError: Could not commit to"):
+                push(repo_id)
+            assert hub.heal() and not is_whole(hub, repo_id, folder)
+            push(repo_id)
+            assert is_whole(hub, repo_id, folder) and len(hub.store.history(repo_id)) == 2
 
 
 def test_a_download_that_is_cut_goes_on_where_it_stopped(hub, user, tmp_path):

@@ -138,6 +138,23 @@ WRONG = {
     "push to no name": (("output: {root}/out", "output: {root}/out\npush: a/b/c"), 16, "no name of a repository"),
     "push without repo": (("output: {root}/out", "output: {root}/out\npush: {{private: true}}"), 16, "push needs repo"),
     "push in private?": (("output: {root}/out", "output: {root}/out\npush: {{repo: a/b, private: maybe}}"), 16, "private must be true or false"),
+    "a huge seed": (("seed: 0", "seed: 1" + "0" * 30), 9, "seed is too large: 10+; the most is 4,294,967,295"),
+    "a seed of thousands of digits": (("seed: 0", "seed: 1" + "0" * 5000), 9, "a number of 5,001 digits"),
+    "a huge size in a list": (("[1, 4]", "[1, 1" + "0" * 30 + "]"), 14, "batch_sizes is too large"),
+    "a huge size of data": (("max_length: 16", "max_train_samples: 1" + "0" * 30), 7, "max_train_samples is too large"),
+    "a huge number of steps": (("{{epochs: 1}}", "{{max_steps: 1" + "0" * 30 + "}}"), 11, "max_steps is too large"),
+    "no metric": (("metric: accuracy", "metric: []"), 8, "metric is empty"),
+    "an empty metric": (("metric: accuracy", "metric: ''"), 8, "metric is empty"),
+    "a metric twice": (("metric: accuracy", "metric: [matthews, matthews_correlation]"), 8, "each name once, got 'matthews_correlation'"),
+    "a column that is not read": (("label: label", "label: label\n  image: x"), 7, "image would do nothing here: text-classification does not read it"),
+    "seconds of a text": (("label: label", "label: label\n  max_seconds: 3.0"), 7, "max_seconds would do nothing here"),
+    "endless seconds": (("label: label", "label: label\n  max_seconds: .inf"), 7, "must be a finite number"),
+    "a configuration of files": (("label: label", "label: label\n  config: plain"), 7, "config would do nothing here"),
+    "a revision of files": (("label: label", "label: label\n  revision: main"), 7, "revision would do nothing here"),
+    "a revision of a folder": (("model: {root}/bert", "model: {{id: {root}/bert, revision: main}}"), 1, "revision would do nothing here"),
+    "too few names of columns": (("label: label", "label: label\n  columns: [sentence]"), 7, "1 names and '.*.tsv' has 2 fields"),
+    "names of columns that are there": (("label: label", "label: label\n  columns: [sentence, label]"), 7, "has these names in its first line"),
+    "names of columns twice": (("label: label", "label: label\n  columns: [a, a]"), 7, "each name once"),
 }  # fmt: skip
 
 
@@ -169,6 +186,68 @@ def test_wrong_recipes(name, root, tmp_path, monkeypatch):
     assert line is None or int(found[1]) == line, refused.value
     assert "\n" not in found[2] and len(found[2]) < 700
     assert written(root) == before and sorted(p.name for p in tmp_path.iterdir()) == ["recipe.yaml"]
+
+
+# every line that is wrong, and what is said there; what only follows from another mistake is not told
+MANY = """\
+modle: bert
+task: text-clasification
+data: {path: [1], txt: sentence, max_length: 1}
+metric: [f1, f1]
+seed: -1
+steps:
+  - finetune: {epohcs: 1, batch_size: many}
+  - prune: {haeds: 0.5}
+  - purne: {heads: 0.5}
+  - quantize: {bits: 5}
+  - distill: {teacher: finetuned}
+output: 3
+push: {repo: a/b/c, private: maybe}
+"""
+TOLD = [
+    (1, "no 'modle'; did you mean 'model'"),
+    (2, "unknown task 'text-clasification'"),
+    (3, "no 'txt'"),
+    (3, "path must be a text"),
+    (3, "max_length is too small: 1"),
+    (4, "metric must hold each name once"),
+    (5, "seed must lie between"),
+    (7, "no 'epohcs'"),
+    (7, "batch_size must be a whole number, got 'many'"),
+    (8, "no 'haeds'"),
+    (9, "unknown step 'purne'"),
+    (10, "8, 4, 3, 2"),
+    (12, "output must be a text, got 3"),
+    (13, "private must be true or false"),
+    (13, "'a/b/c' is no name of a repository"),
+]
+
+
+def mistakes(file: Path, error: RecipeError) -> list[tuple[int, str]]:
+    """Line and message of each; a message never goes over a line."""
+    found = [re.fullmatch(rf"{re.escape(str(file))}:(\d+): (.*)", line) for line in str(error).split("\n")]
+    assert all(found), error
+    return [(int(one[1]), one[2]) for one in found if one]
+
+
+def test_every_mistake_is_told_in_order(tmp_path):
+    file = tmp_path / "recipe.yaml"
+    file.write_text(MANY)
+    with pytest.raises(RecipeError) as refused:
+        read_recipe(file)
+    found = mistakes(file, refused.value)
+    assert [line for line, _ in found] == [line for line, _ in TOLD], refused.value
+    missing = [(told, wanted) for (_, told), (_, wanted) in zip(found, TOLD, strict=True) if wanted not in told]
+    assert not missing
+
+
+def test_a_wrong_model_does_not_hide_wrong_data(root, tmp_path):
+    text = GOOD.replace("{root}/bert", "./no-model").replace("text: sentence", "text: sentense")
+    file = write(tmp_path, text, root)
+    with pytest.raises(RecipeError) as refused:
+        read_recipe(file)
+    (one, model), (five, column) = mistakes(file, refused.value)
+    assert (one, five) == (1, 5) and "./no-model" in model and "no column 'sentense'" in column
 
 
 def test_there_are_at_least_fifty():
@@ -229,7 +308,7 @@ def test_words_are_the_arguments_of_the_classes(word, owner):
 def test_spans_of_tokens_without_labels_for_them_are_refused(tmp_path):
     world = token_classification(tmp_path)
     bad = tmp_path / "bad.jsonl"
-    bad.write_text('{"tokens": ["w1", "w2"], "ner_tags": ["O"]}\n' * 20)
+    bad.write_text('{"tokens": ["w1", "w2"], "ner_tags": ["O"]}\n{"tokens": ["w1"], "ner_tags": ["B-X"]}\n' * 20)
     recipe = {**world, "data": {"train": str(bad)}, "steps": [{"finetune": {}}], "output": str(tmp_path / "out")}
     with pytest.raises(RecipeError, match="has 2 tokens and 1 labels"):
         read_recipe(recipe)
@@ -310,8 +389,11 @@ def test_models_that_cannot_do_what_is_asked(tmp_path):
     read_recipe({**recipe, "model": upper, "steps": [{"quantize": {"bits": 8}}]})  # the same classes in the same order
     config = T.BertConfig(**TEXT, pad_token_id=0, id2label={0: "LOW", 1: "HIGH"}, label2id={"LOW": 0, "HIGH": 1})
     turned = save_model(tmp_path / "turned", T.BertForSequenceClassification(config), tokenizer())
+    read_recipe({**recipe, "model": turned, "steps": [{"quantize": {"bits": 8}}]})  # or in another: see test_recipe_labels
+    config = T.BertConfig(**TEXT, pad_token_id=0, id2label={0: "CAT", 1: "DOG"}, label2id={"CAT": 0, "DOG": 1})
+    other = save_model(tmp_path / "other", T.BertForSequenceClassification(config), tokenizer())
     with pytest.raises(RecipeError, match="no trained head .* with these labels"):
-        read_recipe({**recipe, "model": turned, "steps": [{"quantize": {"bits": 8}}]})
+        read_recipe({**recipe, "model": other, "steps": [{"quantize": {"bits": 8}}]})
     model = T.BertForSequenceClassification.from_pretrained(upper)
     hc.apply_(model, hc.plan_quantization(model, bits=8))
     small = save_model(tmp_path / "small", model, tokenizer())
@@ -332,3 +414,25 @@ def test_numbers_that_mean_nothing(tmp_path, step, message):
     recipe = {"model": "m", "task": "text-classification", "data": "d", "steps": [{"finetune": {"epochs": 1}}, step]}
     with pytest.raises(RecipeError, match=message):
         read_recipe({**recipe, "output": str(tmp_path / "out")})
+
+
+@pytest.mark.parametrize(
+    ("task", "words", "message"),
+    [
+        ("text-generation", {"label": "l"}, "label would do nothing here: text-generation does not read it"),
+        ("text-generation", {"labels": ["a", "b"]}, "labels would do nothing here"),
+        ("sentence-similarity", {"labels": ["a", "b"]}, "labels would do nothing here"),
+        ("sentence-similarity", {"label": ["a", "b"]}, "label is one column in sentence-similarity"),
+        ("token-classification", {"text": "t"}, "its columns are tokens, label"),
+        ("image-classification", {"max_length": 8}, "image-classification reads images"),
+        ("audio-classification", {"max_length": 8, "image": "i"}, "max_length would do nothing .*\n.*image would do nothing"),
+        ("audio-classification", {"max_seconds": 2.0, "audio": "a"}, None),
+    ],
+)
+def test_words_of_data_that_a_task_does_not_read(task, words, message):
+    recipe = {"model": "m", "task": task, "data": {"path": "d", **words}, "steps": [{"finetune": {"epochs": 1}}], "output": "o"}
+    if message is None:
+        assert parse(*read_source(recipe)).data.max_seconds == 2.0
+        return
+    with pytest.raises(RecipeError, match=message):
+        parse(*read_source(recipe))

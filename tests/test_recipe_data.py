@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 import wave
 from pathlib import Path
 
 import numpy as np
 import pytest
 from datasets import Dataset, DatasetDict
+from PIL import Image
 
 from hf_compress.recipe import RecipeError
 from hf_compress.recipe.data import DataOptions, open_data
@@ -21,9 +23,9 @@ SOURCE = Source("r.yaml", "")
 COLUMNS = TASKS["text-classification"].columns
 
 
-def opened(task: str = "text-classification", **options):
+def opened(task: str = "text-classification", tunes: bool = False, **options):
     options = {name: str(value) if isinstance(value, Path) else value for name, value in options.items()}
-    return open_data(DataOptions(**options), TASKS[task].columns, SOURCE, 0)
+    return open_data(DataOptions(**options), TASKS[task].columns, SOURCE, 0, tunes=tunes)
 
 
 def lines(folder: Path, name: str, rows: list[str]) -> Path:
@@ -42,10 +44,10 @@ def test_tsv_keeps_quotes_and_takes_names_of_columns(tmp_path):
 def test_folders_of_split_files(tmp_path):
     for name, count in (("train", 12), ("dev", 5), ("test", 3)):
         lines(tmp_path, f"{name}.csv", ["sentence,label", *(f"{name} {i},{i % 2}" for i in range(count))])
-    data = opened(path=tmp_path)
+    data = opened(path=tmp_path, tunes=True)
     assert {name: len(rows) for name, rows in data.splits.items()} == {"train": 12, "validation": 5, "measured": 3}
     assert data.measured == "test" and data.columns == {"text": "sentence", "label": "label"}
-    few = opened(path=tmp_path, max_train_samples=4, max_eval_samples=2)
+    few = opened(path=tmp_path, tunes=True, max_train_samples=4, max_eval_samples=2)
     assert {name: len(rows) for name, rows in few.splits.items()} == {"train": 4, "validation": 2, "measured": 2}
     assert list(few.splits["train"]) == list(opened(path=tmp_path, max_train_samples=4).splits["train"])
 
@@ -82,6 +84,7 @@ LABELS = {
     "named": ([0, 1] * 6, {"labels": ["bad", "good"]}, ("classes", ("bad", "good")), 1, 1),
     "names in another order": (["bad", "good"] * 6, {"labels": ["good", "bad"]}, ("classes", ("good", "bad")), "bad", 1),
     "truth": ([True, False] * 6, {}, ("classes", ("false", "true")), True, 1),
+    "truth, named": ([True, False] * 6, {"labels": ["no", "yes"]}, ("classes", ("no", "yes")), True, 1),
     "numbers": ([0.5, 1.5, 9.0] * 4, {}, ("numbers", ()), 9.0, 9.0),
     "several": ([["a"], ["a", "b"], []] * 4, {}, ("labels", ("a", "b")), ["b"], [0.0, 1.0]),
 }
@@ -116,6 +119,21 @@ WRONG = {
     "a hole": ("rows.csv", ["text,label", *["a,1"] * 12, ",0"], {}, "1 of 13 train rows have nothing in the column 'text'"),
     "not JSON": ("rows.json", ["{"], {}, "cannot read"),
     "not Parquet": ("rows.parquet", ["hello"], {}, "cannot read"),
+    "fewer names than fields": (
+        "rows.csv",
+        ["a,1,x"] * 12,
+        {"columns": ["text", "label"]},
+        "2 names and 'rows.csv' has 3 fields",
+    ),
+    "more names than fields": (
+        "rows.tsv",
+        ["a\t1"] * 12,
+        {"columns": ["text", "label", "more"]},
+        "3 names and 'rows.tsv' has 2",
+    ),
+    "names that are there": ("rows.csv", ["text,label", "a,1"], {"columns": ["text", "label"]}, "in its first line already"),
+    "a row with more fields": ("rows.csv", ["text,label", *["x,a,1"] * 12], {}, "has 2 names in its first line and 3 fields"),
+    "two files to train on": ("rows.csv", ["text,label", "a,1"], {"train": "rows.csv"}, "leave one of the two out"),
     "too few": ("rows.csv", ["text,label", "a,1", "b,0"], {}, "too few to hold some out"),
     "columns of a JSON file": ("rows.json", ['{"text": "a"}'], {"columns": ["a"]}, "names its columns itself"),
     "which column?": ("rows.csv", ["x,label", *["a,1"] * 12], {}, "which column holds the text"),
@@ -127,6 +145,100 @@ def test_wrong_data_is_refused(name, tmp_path):
     file, rows, options, message = WRONG[name]
     with pytest.raises(RecipeError, match=message):
         opened(path=lines(tmp_path, file, rows), **options)
+
+
+TUNING = {
+    # name: (split files, whether a step tunes, what is measured, what is tuned on, rows to train, measure and tune on)
+    "train": (["train"], True, "train, 10% held out", "train, another 10% held out", (32, 4, 4)),
+    "train, nothing tuned": (["train"], False, "train, 10% held out", "", (36, 4, 0)),
+    "train and validation": (["train", "dev"], True, "validation", "train, 10% held out", (36, 12, 4)),
+    "train and validation, nothing tuned": (["train", "dev"], False, "validation", "", (40, 12, 0)),
+    "train and test": (["train", "test"], True, "test", "train, 10% held out", (36, 12, 4)),
+    "train and test, nothing tuned": (["train", "test"], False, "test", "", (40, 12, 0)),
+    "all": (["train", "dev", "test"], True, "test", "validation", (40, 12, 12)),
+}
+
+
+@pytest.mark.parametrize("name", TUNING)
+def test_the_rows_that_tune_are_not_those_that_are_measured(name, tmp_path):
+    files, tunes, measured, tuned, sizes = TUNING[name]
+    for file in files:
+        lines(tmp_path, f"{file}.csv", ["text,label", *(f"{file} {i},{i % 2}" for i in range(40 if file == "train" else 12))])
+    data = open_data(DataOptions(path=str(tmp_path)), COLUMNS, SOURCE, 0, tunes=tunes)
+    assert (data.measured, data.tuned) == (measured, tuned)
+    texts = [
+        set(data.splits[split]["text"]) if split in data.splits else set() for split in ("train", "measured", "validation")
+    ]
+    assert tuple(map(len, texts)) == sizes
+    assert not texts[0] & texts[1] and not texts[0] & texts[2] and not texts[1] & texts[2]
+    held = [note for note in data.notes if "held out of the training rows" in note]
+    assert len(held) == measured.startswith("train") + tuned.startswith("train")
+    assert not [note for note in held if not re.search(r"\b4 (more )?rows \(10%\)", note)]
+
+
+def test_one_file_for_validation_and_test_is_not_tuned_on(tmp_path):
+    for name, count in (("train", 40), ("test", 12)):
+        lines(tmp_path, f"{name}.csv", ["text,label", *(f"{name} {i},{i % 2}" for i in range(count))])
+    test = str(tmp_path / "test.csv")
+    options = DataOptions(train=str(tmp_path / "train.csv"), validation=test, test=test)
+    data = open_data(options, COLUMNS, SOURCE, 0, tunes=True)
+    assert (data.measured, data.tuned) == ("test", "train, 10% held out")
+    assert not set(data.splits["validation"]["text"]) & set(data.splits["measured"]["text"])
+
+
+def test_what_rows_are_held_out_is_part_of_the_digest(tmp_path):
+    path = str(lines(tmp_path, "rows.csv", ["text,label", *(f"{i},{i % 2}" for i in range(40))]))
+    digests = {open_data(DataOptions(path=path), COLUMNS, SOURCE, 0, tunes=tunes).digest for tunes in (False, True)}
+    assert len(digests) == 2
+
+
+def pictures(folder: Path, count: int = 20) -> Path:
+    for i in range(count):
+        Image.fromarray(np.full((4, 4, 3), 10 * i, np.uint8)).save(folder / f"{i}.png")
+    return lines(folder, "rows.csv", ["image,label", *(f"{i}.png,{i % 2}" for i in range(count))])
+
+
+def test_files_that_rows_name_are_data(tmp_path):
+    path = pictures(tmp_path)
+    first = opened("image-classification", path=path).digest
+    assert opened("image-classification", path=path).digest == first
+    Image.fromarray(np.full((4, 4, 3), 77, np.uint8)).save(tmp_path / "19.png")  # of the same size
+    changed = opened("image-classification", path=path).digest
+    assert changed != first
+    (tmp_path / "3.png").unlink()
+    with pytest.raises(RecipeError, match=r"1 of 20 files that the train rows name in 'image' are not there, '.*/3\.png'"):
+        opened("image-classification", path=path)
+
+
+@pytest.mark.parametrize("splits", [True, False])
+def test_folders_of_sounds_need_no_decoder(splits, tmp_path):
+    for split, count in (("train", 12), ("test", 4)) if splits else (("", 20),):
+        for i in range(count):
+            place = tmp_path / split / ("high" if i % 4 == 0 else "low")
+            place.mkdir(parents=True, exist_ok=True)
+            with wave.open(str(place / f"{i}.wav"), "wb") as file:
+                file.setparams((1, 2, 8000, 0, "NONE", ""))
+                file.writeframes(np.full(80, 300 * i, "<i2").tobytes())
+    data = opened("audio-classification", path=tmp_path)
+    assert data.measured == ("test" if splits else "train, 10% held out")
+    assert {name: len(rows) for name, rows in data.splits.items()} == (
+        {"train": 12, "measured": 4} if splits else {"train": 18, "measured": 2}
+    )
+    names = data.splits["train"].features["label"].names
+    assert names == ["high", "low"]
+    for row in [*data.splits["train"], *data.splits["measured"]]:
+        number = int(Path(row["audio"]).stem)
+        assert names[row["label"]] == ("high" if number % 4 == 0 else "low")
+        sound = read_sound(row["audio"], data.folders["train"], 8000)
+        assert np.allclose(sound, 300 * number / 2**15) and len(sound) == 80
+
+
+def test_sounds_that_cannot_be_read_here_name_the_package(tmp_path, monkeypatch):
+    (tmp_path / "low").mkdir()
+    (tmp_path / "low" / "a.mp3").write_bytes(b"ID3")
+    monkeypatch.setattr("hf_compress.recipe.rows.find_spec", lambda name: None)
+    with pytest.raises(RecipeError, match="'low.a.mp3' is no WAV file; reading it needs the package soundfile"):
+        opened("audio-classification", path=tmp_path)
 
 
 @pytest.mark.parametrize("width", [1, 2, 3, 4])

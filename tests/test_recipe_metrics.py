@@ -38,6 +38,14 @@ def test_metrics_are_those_of_the_libraries(name, data, expected):
     assert METRICS[name].compute(found, there) == pytest.approx(expected(there, found), abs=1e-12)
 
 
+def test_f1_goes_by_the_classes_there_are_not_by_those_that_occur():
+    found, there = TWO  # of rows that happen to have classes 0 and 1 alone
+    assert find_metric("f1", "classes", "x", 2).compute(found, there) == pytest.approx(sk.f1_score(there, found))
+    macro = sk.f1_score(there, found, average="macro")
+    assert abs(macro - sk.f1_score(there, found)) > 1e-3
+    assert find_metric("f1", "classes", "x", 3).compute(found, there) == pytest.approx(macro)
+
+
 @pytest.mark.parametrize("name, data", [("matthews", TWO), ("pearson", NUMBERS), ("spearman", NUMBERS)])
 def test_a_constant_answer_scores_nothing(name, data):
     assert METRICS[name].compute(np.zeros(50, data[0].dtype), data[1]) == 0.0

@@ -5,6 +5,7 @@ import contextlib
 import csv
 import json
 import os
+import re
 import runpy
 import socket
 import subprocess
@@ -217,6 +218,13 @@ def test_what_is_saved_is_what_was_asked_for_measured_and_printed(name, given, r
     if "exits" not in name:  # they evaluate on the half that did not tune
         assert accuracy == pytest.approx(evaluated(given, model, image))
         assert report["against"]["metrics"]["accuracy"] == pytest.approx(evaluated(given, dense.eval(), image))
+    # what it was measured on
+    data = report["about"]["dataset"]
+    split, rows = ("test", 16) if image else ("validation", 32)
+    split, rows = (f"half of {split}", rows // 2) if "exits" in name else (split, rows)
+    assert data == {
+        "name": "./pictures" if image else "./dev.csv", "split": split, "rows": rows, "metric_name": "accuracy",
+    }  # fmt: skip
     # its tokenizer or image processor came along
     (T.AutoImageProcessor if image else T.AutoTokenizer).from_pretrained(output)
 
@@ -267,13 +275,46 @@ WRONG = [
     ("distill", ("--teacher_name_or_path", "bert", "--layers", 1, "--alpha_kd", -1, *TEXT), "alpha_kd"),
     ("distill", ("--teacher_name_or_path", "bert", "--layers", 1, "--train_file", "three.csv"), "nothing to teach"),
     ("early_exit", (MODEL, "bert", *TEXT, "--criterion", "sure"), "Unknown exit criterion 'sure'"),
-    ("early_exit", (MODEL, "bert", *TEXT, "--after", 7), "7"),
+    ("early_exit", (MODEL, "bert", *TEXT, "--after", 99), "99"),
+    ("early_exit", (MODEL, "bert", *TEXT, "--mean_depth", 0.5), "mean_depth"),
+    ("prune", (MODEL, "bert", *TEXT, "--heads", "nan"), "nan"),
+    ("prune", (MODEL, "./bret", *TEXT), "Cannot load './bret' as a classifier of texts: there is no such folder."),
+    ("prune", (MODEL, "bert", *TEXT, "--num_train_epochs", 0), "--num_train_epochs must be above 0, got 0"),
+    ("prune", (MODEL, "bert", *TEXT, "--per_device_train_batch_size", 0), "--per_device_train_batch_size must be above 0"),
+    ("quantize", (MODEL, "bert", *TEXT, "--gradient_accumulation_steps", -1), "--gradient_accumulation_steps must be above 0"),
+    ("prune", (MODEL, "bert", *TEXT, "--heads", "half"), "invalid float value: 'half'"),
+    ("prune", (MODEL, "bert", *TEXT, "--start", 2), "start and end are fractions"),
+    ("prune", (MODEL, "bert", *TEXT, "--lr_scheduler_type", "cosin"), "lr_scheduler_type"),
+    ("prune", (MODEL, "bert", *TEXT[:2], *TEXT[4:], "--validation_file", "none.csv"), "none.csv"),
+    ("prune", (MODEL, "bert", "--train_file", "one.csv"), "One row is too few to hold some out"),
+    ("prune", (MODEL, "bert", "--train_file", "empty.csv"), "Cannot load the data"),
+    ("prune", (MODEL, "pictures", *TEXT), "Cannot load 'pictures' as a classifier of texts"),
+    ("prune", (MODEL, "vit", *TEXT), "Cannot load 'vit' as a classifier of texts"),
+    (
+        "prune",
+        (MODEL, "vit", *TEXT[:4], "--image_column", "words", "--label_column", "class"),
+        "Column 'words' (--image_column) holds no images that can be opened",
+    ),
+    ("prune", (MODEL, "bert", *IMAGE, "--task", "text", "--text_column", "image"), "Column 'image' has rows without a text"),
+    (
+        "prune",
+        (MODEL, "bert", "--train_file", "other.csv", "--validation_file", "three.csv"),
+        "holds c, no class of the training",
+    ),
+    ("distill", ("--teacher_name_or_path", "bert", "--layers", 1, "--temperature", 0, *TEXT), "temperature"),
+    ("distill", ("--teacher_name_or_path", "none", "--layers", 1, *TEXT), "Cannot load 'none' as a classifier of texts"),
+    ("distill", ("--teacher_name_or_path", "bert", "--layers", 1, "--student_name_or_path", "bert", *TEXT), "does not go with"),
+    ("quantize", (MODEL, "bert", *TEXT, "--bits", 8, "--group_size", 32), "group_size"),
+    ("quantize", (MODEL, "bert", *TEXT, "--skip", "("), "regular expression"),
 ]
 
 
 @pytest.mark.parametrize(("script", "arguments", "message"), WRONG, ids=lambda value: None)
 def test_a_wrong_argument_is_one_line(script, arguments, message, given, tmp_path, monkeypatch, capfd):
     (given / "odd.csv").write_text("a,b,c\nx,one,\ny,two,w7\nx,three,w8\n")
+    (given / "one.csv").write_text("text,label\nw7,a\n")
+    (given / "empty.csv").write_text("")
+    (given / "other.csv").write_text("text,label\n" + "w7,a\nw8,b\n" * 4)
     (given / "three.csv").write_text("text,label\n" + "w7,a\nw8,b\nw9,c\n" * 4)
     monkeypatch.chdir(given)
     monkeypatch.setattr(sys, "argv", [script, *map(str, arguments), "--output_dir", str(tmp_path / "out"), *COMMON])
@@ -282,7 +323,64 @@ def test_a_wrong_argument_is_one_line(script, arguments, message, given, tmp_pat
     assert left.value.code == 2
     lines = capfd.readouterr().err.strip().splitlines()
     assert message in lines[-1] and "error: " in lines[-1], lines[-3:]
-    assert not any("Traceback" in line for line in lines) and not (tmp_path / "out" / "model.safetensors").exists()
+    assert not any(re.search(r"Traceback|usage:|examples/s|it/s", line) for line in lines)
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
+ELSEWHERE = {
+    "output that is a file": (["--model_name_or_path", "bert", "--output_dir", "dev.csv"], "--output_dir 'dev.csv' is a file"),
+    "a file of options that is a list": (["list.json"], "error: "),
+    "a file of options with a typo": (["typo.json"], "haeds"),
+    "a file of options that is none": (["broken.json"], "error: "),
+    "a file of options that is not there": (["none.json"], "none.json"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "message"), ELSEWHERE.values(), ids=ELSEWHERE)
+def test_a_wrong_output_or_file_of_options_is_one_line(arguments, message, given, monkeypatch, capfd):
+    options = {"model_name_or_path": "bert", "train_file": "train.csv", "output_dir": "out", "haeds": 0.5}
+    for name, text in (("list", "[]"), ("typo", json.dumps(options)), ("broken", "{")):
+        (given / f"{name}.json").write_text(text)
+    before = (given / "dev.csv").read_bytes()
+    monkeypatch.chdir(given)
+    more = [*TEXT, *COMMON] if len(arguments) > 1 else []
+    monkeypatch.setattr(sys, "argv", ["prune", *arguments, *more])
+    with pytest.raises(SystemExit) as left:
+        runpy.run_path(str(ROOT / "scripts" / "prune.py"), run_name="__main__")
+    lines = capfd.readouterr().err.strip().splitlines()
+    assert left.value.code == 2 and message in lines[-1] and lines[-1].startswith("error: ")
+    assert not any("Traceback" in line for line in lines) and (given / "dev.csv").read_bytes() == before
+
+
+# names of the head, of the data; names afterwards, index of the data's first class, whether the head is new, what is said
+NAMES = {
+    "none": (["LABEL_0", "LABEL_1"], ["high", "low"], ["high", "low"], 0, False, ""),
+    "the same in another order": (["LOW", "HIGH"], ["high", "low"], ["LOW", "HIGH"], 1, False, ""),
+    "others": (["neg", "pos"], ["high", "low"], ["high", "low"], 0, False, "was trained for neg, pos; here they are high, low"),
+    "numbers in the data": (["neg", "pos"], [0, 1], ["neg", "pos"], 0, False, ""),
+    "another number": (["neg", "mid", "pos"], ["high", "low"], ["high", "low"], 0, True, ""),
+}
+
+
+@pytest.mark.parametrize(("head", "names", "after", "first", "new", "said"), NAMES.values(), ids=NAMES)
+def test_names_of_classes(head, names, after, first, new, said, tmp_path, capfd):
+    """As run_glue.py: by name where the head knows the names; else the head takes those of the data, and it is said."""
+    model = build("bert")[0]
+    config = T.BertConfig(
+        **{**model.config.to_dict(), "id2label": dict(enumerate(head)), "label2id": {n: i for i, n in enumerate(head)}}
+    )
+    T.BertForSequenceClassification(config).save_pretrained(tmp_path)
+    words().save_pretrained(tmp_path)
+    script = runpy.run_path(str(ROOT / "scripts" / "prune.py"), run_name="script")
+    model, processor, is_new = script["load_model"](str(tmp_path), "main", "text", names)
+    assert [model.config.id2label[i] for i in range(len(after))] == after and is_new == new
+    assert model.config.label2id == {name: i for i, name in enumerate(after)}
+    arguments = script["DataArguments"](train_file="x.csv", task="text", text_column="text", label_column="label", max_length=9)
+    rows = script["datasets"].Dataset.from_dict({"text": ["w7", "w8"], "label": names})
+    encoded = script["encode"](rows, None, arguments, names, model, processor, 0)
+    assert encoded["labels"] == [first, 1 - first]
+    err = capfd.readouterr().err
+    assert said in err and ("note: " in err) == bool(said)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

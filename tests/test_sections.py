@@ -9,7 +9,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 import hf_compress as hc
 from hf_compress.card import merge_card, render_card
-from hf_compress.sections import compose
+from hf_compress.sections import compose, kept_by_hand, readdressed
 from tests.test_card import PLANS, REPORT, REPORTS
 
 OLD = render_card(PLANS["KeepHeads"], REPORT)
@@ -167,3 +167,52 @@ def test_what_was_written_into_the_new_card_stays_too():
     merged = merge_card(old, new)
     assert "## Intended use\n\nFor tests." in merged and merged.count("Intended use") == 1
     assert merge_card(merged, merged).count("Intended use") == 1
+
+
+EDITED = {  # section, and what a person made of it
+    "here": lambda card: card.replace("## What was done", "## Done here"),
+    "there": lambda card: card.replace("## What was done", "## Done there"),
+    "other": lambda card: card.replace("## How to load it", "## Loading"),
+    "gone": lambda card: re.sub(r"<!-- hf_compress:changes .*?<!-- /hf_compress:changes -->\n+", "", card, flags=re.S),
+    "mit": lambda card: card.replace("license: other", "license: mit"),
+    "bsd": lambda card: card.replace("license: other", "license: bsd"),
+    "none": lambda card: card,
+}
+
+
+@pytest.mark.parametrize(
+    ("there", "here", "lost"),
+    [
+        ("there", "here", ["changes"]),
+        ("gone", "here", ["changes"]),
+        ("mit", "bsd", ["license (YAML)"]),
+        ("there", "there", []),
+        ("there", "other", []),
+        ("there", "none", []),
+        ("none", "here", []),
+        ("gone", "none", []),
+        ("mit", "none", []),
+        ("none", "bsd", []),
+        ("mit", "mit", []),
+    ],
+)
+def test_what_is_lost_where_two_edited(there, here, lost):
+    assert EDITED[here](OLD) != OLD or here == "none"
+    assert kept_by_hand(EDITED[there](OLD), EDITED[here](OLD)) == (lost, [])
+
+
+def test_what_is_kept_though_it_changed():
+    old = EDITED["other"](EDITED["there"](OLD))
+    assert kept_by_hand(old, NEW) == ([], ["changes"])  # how to load it has not changed
+    assert kept_by_hand("# By hand\n", NEW) == ([], [])
+
+
+@pytest.mark.parametrize("ends", ["\n", "\r\n"])
+def test_only_our_own_lines_name_another_repository(ends):
+    card = OLD.replace("\n", ends)
+    moved = readdressed(card, "you/large")
+    assert moved.count('"you/large"') == 2 and '"me/small"' not in moved and ends in moved
+    assert readdressed(moved, "me/small") == card and merge_card(card, moved) == moved  # unedited: ours to bring up to date
+    edited = card.replace("## How to load it", "## Loading")
+    assert readdressed(edited, "you/large") == edited
+    assert readdressed('# Mine\r\n\nx.from_pretrained("a")\n', "you/large") == '# Mine\r\n\nx.from_pretrained("a")\n'

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import shlex
 from pathlib import Path
 from typing import Any
 
-from .arguments import Failed, add_common, filled
-from .run import check_output, run_checked
+from .arguments import Failed, Wrong, add_common, filled
+from .run import AGAIN, check_output, run_checked
 
 DESCRIPTION = "Train a small ViT on real digits, prune, distil and quantize it, measure it, write its card; offline."
 EXAMPLES = """\
@@ -20,9 +21,12 @@ It is `hf-compress run` on FOLDER/recipe.yaml, which you can edit and run again.
 """
 RECIPE = """\
 # A small ViT on 1,797 handwritten digits of 8x8 pixels (UCI, Alpaydin & Kaynak 1998).
-model: vit
+model: MODEL
 task: image-classification
-data: {path: digits, image: image, label: label}
+data:
+  path: DIGITS
+  image: image
+  label: label
 metric: accuracy
 seed: 0
 steps:
@@ -45,13 +49,33 @@ def add(commands: Any) -> None:
 def run(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     """The text and the data of `demo`."""
     check_output(args.output)
+    _check_made_here(args.output)
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         raise Failed(f"{', '.join(missing)} not installed: pip install 'hf_compress[demo]'. Nothing was done.")
-    recipe = write(Path(args.output).expanduser())
+    try:
+        recipe = write(Path(args.output).expanduser())
+    except KeyboardInterrupt as error:
+        raise KeyboardInterrupt(AGAIN) from error
     text, data = run_checked(recipe, None)
     made = recipe.parent / "model"
-    return f"{text}\n\nThe model, its card and its report are in {made}. Next: hf-compress inspect {made}", data
+    return (
+        f"{text}\n\nThe model, its card and its report are in {made}. Next: hf-compress inspect {shlex.quote(str(made))}",
+        data,
+    )
+
+
+def _check_made_here(output: str) -> None:
+    """Refuse a folder that holds other things: the demo's would end up among them."""
+    folder = Path(output).expanduser()
+    recipe = folder / "recipe.yaml"
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return
+    if not recipe.is_file() or not recipe.read_bytes().startswith(RECIPE.encode().partition(b"\n")[0]):
+        raise Wrong(
+            f"argument --output: the folder {output!r} holds other things, and no demo (whose recipe.yaml begins with "
+            "'# A small ViT'); name a new or empty one."
+        )
 
 
 def write(folder: Path, recipe: str = RECIPE) -> Path:
@@ -70,7 +94,17 @@ def write(folder: Path, recipe: str = RECIPE) -> Path:
     from sklearn.model_selection import train_test_split
     from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 
-    if not (folder / "vit" / "config.json").is_file():
+    from ..recipe.template import quoted
+
+    path = folder / "recipe.yaml"
+    if not path.exists():  # first, since it tells that all of this is a demo
+        folder.mkdir(parents=True, exist_ok=True)
+        # a recipe's paths are looked for in the working directory first, where others may have such names
+        here = folder.resolve() if any(Path(name).exists() for name in ("vit", "digits")) else Path()
+        for word, place in (("MODEL", here / "vit"), ("DIGITS", here / "digits"), ("OUTPUT", folder / "model")):
+            recipe = recipe.replace(f" {word}\n", f" {quoted(str(place))}\n")
+        path.write_text(recipe, encoding="utf-8")
+    if not (folder / "vit" / "model.safetensors").is_file():
         torch.manual_seed(0)
         sizes: Any = dict(hidden_size=128, num_hidden_layers=4, num_attention_heads=8, intermediate_size=512)
         config = ViTConfig(image_size=8, patch_size=2, **sizes)
@@ -86,7 +120,4 @@ def write(folder: Path, recipe: str = RECIPE) -> Path:
                 place.mkdir(parents=True, exist_ok=True)
                 pixels = (data.images[i] * 15.9375).astype("uint8")  # 0 to 16 there
                 Image.fromarray(pixels).convert("RGB").save(place / f"{i:04d}.png")
-    path = folder / "recipe.yaml"
-    if not path.exists():
-        path.write_text(recipe.replace("OUTPUT", str(folder / "model")))
     return path

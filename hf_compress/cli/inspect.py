@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .arguments import add_common
-from .models import config_of, find, without_weights
+from .models import check_weights, config_of, find, without_weights
 from .output import table
 
 DESCRIPTION = "What is in a model, what can be done to it, and what was done already. No weights are loaded."
@@ -38,6 +38,8 @@ def run(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     config = config_of(name, "MODEL")
     model = without_weights(name, config, "MODEL")
     found = facts(name, config, model)
+    if found["memory"]["files"] and not found["masked"]:
+        check_weights(name, "MODEL")
     return _text(found, model, args.all), found
 
 

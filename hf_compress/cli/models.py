@@ -30,6 +30,16 @@ def find(text: str, place: str) -> str:
             return os.fspath(path)
         if (path / "adapter_config.json").is_file():
             raise Wrong(f"{place}: the folder {text!r} holds an adapter; merge it into its model first (merge_and_unload).")
+        if any(path.glob("*.safetensors")):
+            raise Wrong(
+                f"{place}: the folder {text!r} holds weights and no config.json: copy the one that belongs to them, or save "
+                "the model again."
+            )
+        if (path / "steps" / "run.json").is_file():
+            raise Wrong(
+                f"{place}: {text!r} is the output of a recipe that is not finished: `hf-compress run` on that recipe goes "
+                f"on; what each finished step left is in {os.path.join(text, 'steps')}."
+            )
         inside = sorted(p.parent.name for p in path.glob("*/config.json"))
         hint = f" {len(inside)} folder{'s' * (len(inside) > 1)} in it do: {', '.join(inside[-3:])}." if inside else ""
         raise Wrong(f"{place}: the folder {text!r} holds no model: it has no config.json.{hint}")
@@ -65,14 +75,17 @@ def config_of(name: str, place: str) -> Any:
     """
     from transformers import AutoConfig
 
+    from ..publish import record_in
+
     try:
+        record_in(name)  # a file that is no JSON is named, and what to do about it
         return AutoConfig.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # what a download, a parser, or a config's own checks raise
         raise refused(error, name, place) from error
 
 
-def refused(error: BaseException, name: str, place: str) -> Exception:
-    """What to raise where a model does not load."""
+def refused(error: BaseException, name: str, place: str, cure: str = "") -> Exception:
+    """What to raise where a model does not load; `cure` is what helps where files of a folder are at fault."""
     from huggingface_hub import constants
     from huggingface_hub.errors import (
         EntryNotFoundError,
@@ -109,7 +122,7 @@ def refused(error: BaseException, name: str, place: str) -> Exception:
             )
     if isinstance(error, MemoryError):
         return Failed(f"{place}: {name!r} does not fit into memory. Nothing was done.")
-    return Wrong(f"{place}: cannot load {name!r}: {said[:300].rstrip('.')}.")
+    return Wrong(f"{place}: cannot load {name!r}: {said[:300].rstrip('.')}.{cure if local else ''}")
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
@@ -129,6 +142,30 @@ def class_of(config: Any) -> Any:
     return found if isinstance(found, type) else transformers.AutoModel
 
 
+def check_weights(name: str, place: str) -> None:
+    """Refuse a folder whose weights are not all there, before anything is read from them.
+
+    Raises:
+        Wrong: names the file, and what to do.
+    """
+    from ..edits import CompressionError
+    from ..publish import record_in
+    from ..publishable import check_folder
+
+    if not Path(name).is_dir():
+        return
+    record = record_in(name)
+    if record is not None and record.masks is not None:
+        raise Wrong(
+            f"{place}: {name!r} is from the middle of a training: its model is masked, not yet small, and costs what the whole "
+            "one costs. Let the training end (`hf-compress run` goes on where it stood), and take what it leaves."
+        )
+    try:
+        check_folder(name)
+    except CompressionError as error:
+        raise Wrong(f"{place}: {error}") from error
+
+
 def load(name: str, place: str, kind: Any, dtype: Any = "auto") -> Any:
     """A model with its weights.
 
@@ -139,7 +176,7 @@ def load(name: str, place: str, kind: Any, dtype: Any = "auto") -> Any:
     try:
         return kind.from_pretrained(name, dtype=dtype, trust_remote_code=False).eval()
     except Exception as error:  # a checkpoint fails in many ways
-        raise refused(error, name, place) from error
+        raise refused(error, name, place, " If its files are damaged, save the model again.") from error
 
 
 def without_weights(name: str, config: Any, place: str) -> Any:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Sequence
+from typing import TextIO
 
 
 def table(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
@@ -33,6 +35,16 @@ def table(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
         .rstrip()
         for row in rows
     )  # fmt: skip
+
+
+def say(stream: TextIO, text: str = "") -> None:
+    """Write and flush. Where nobody reads any more (`hf-compress inspect MODEL | head`), that is no error, at exit neither."""
+    try:
+        stream.write(text)
+        stream.flush()
+    except BrokenPipeError:
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 class Quiet(contextlib.ExitStack):
@@ -83,11 +95,11 @@ class Quiet(contextlib.ExitStack):
         line = " ".join(record.getMessage().split())
         line = f"note: {line}" if record.levelno >= logging.WARNING else line
         if self.live:
-            sys.stderr.write(f"{line}\n")
+            say(sys.stderr, f"{line}\n")
         else:
             self.notes.append(line)
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> bool | None:
         if kind is None:
-            sys.stderr.writelines(f"{line}\n" for line in self.notes)
+            say(sys.stderr, "".join(f"{line}\n" for line in self.notes))
         return super().__exit__(kind, *rest)  # type: ignore[arg-type]

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import sys
 import traceback
 from collections.abc import Sequence
 from importlib import import_module
 
 from .arguments import Failed, Parser, Wrong
+from .output import Quiet, say
 
 DESCRIPTION = "Make any Hugging Face model smaller and faster, and publish it."
 EXAMPLES = """\
@@ -65,30 +65,28 @@ def main(argv: Sequence[str] | None = None, prog: str = "hf-compress") -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     place = prog
     try:
-        with _silent_pipes():
-            args = make_parser(prog).parse_args(words)
-            place = " ".join([prog, *args.path])
-            _run(args)
-            sys.stdout.flush()
+        args = make_parser(prog).parse_args(words)
+        place = " ".join([prog, *args.path])
+        _run(args)
     except SystemExit as stop:  # argparse, after --help and --version
         return stop.code if isinstance(stop.code, int) else 0
     except KeyboardInterrupt as error:
-        return _end(130, f"{place}: interrupted. {' '.join(str(error).split())}".strip(), words)
+        where = " ".join(str(error).split()) or "Nothing was written."
+        return _end(130, f"{place}: interrupted. {where}", words)
     except BaseException as error:
-        code, line = outcome(error, place)
-        return _end(code, line, words)
+        return _end(*outcome(error, place), words)
+    finally:
+        say(sys.stdout)  # what argparse printed too
     return 0
 
 
 def _run(args: object) -> None:
-    from .output import Quiet
-
     work = getattr(args, "run")  # noqa: B009  argparse's namespaces have no types
     with Quiet(live=getattr(args, "live", False)), contextlib.redirect_stdout(sys.stderr):
         text, data = work(args)
     if getattr(args, "json", False):
         text = json.dumps(data, indent=1)
-    sys.stdout.write(text if text.endswith("\n") or not text else f"{text}\n")
+    say(sys.stdout, text if text.endswith("\n") or not text else f"{text}\n")
 
 
 def outcome(error: BaseException, place: str) -> tuple[int, str]:
@@ -97,9 +95,10 @@ def outcome(error: BaseException, place: str) -> tuple[int, str]:
     from ..publish import PushError
     from ..recipe import RecipeError
 
-    said = " ".join(str(error).split())
-    if isinstance(error, RecipeError):  # begins with file and line
-        return 2, said
+    lines = [" ".join(line.split()) for line in str(error).splitlines()]
+    said = " ".join(filter(None, lines))
+    if isinstance(error, RecipeError):  # a line for every mistake, each beginning with file and line
+        return 2, "\n".join(filter(None, lines))
     if isinstance(error, Wrong):
         return 2, f"{error.prog or place}: {said}"
     if isinstance(error, CompressionError):
@@ -116,15 +115,5 @@ def outcome(error: BaseException, place: str) -> tuple[int, str]:
 def _end(code: int, line: str, words: Sequence[str]) -> int:
     if "--debug" in words:
         traceback.print_exc()
-    sys.stderr.write(f"{line}\n")
+    say(sys.stderr, f"{line}\n")
     return code
-
-
-@contextlib.contextmanager
-def _silent_pipes():
-    """`hf-compress inspect MODEL | head` is no error."""
-    try:
-        yield
-    except BrokenPipeError:
-        with contextlib.suppress(OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

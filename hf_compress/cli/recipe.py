@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -80,18 +81,25 @@ def run_init(args: argparse.Namespace) -> tuple[str, Any]:
     if path is not None and not path.parent.is_dir():
         raise Wrong(f"argument -o: there is no folder {os.fspath(path.parent)!r} to write into.")
     from ..recipe.tasks import TASKS
+    from ..recipe.template import tasks_for
 
     if args.task is not None and args.task not in TASKS:
         raise Wrong(
             f"argument --task: unknown task {args.task!r}{did_you_mean(args.task, TASKS) or '.'} Tasks: {', '.join(TASKS)}."
         )
     name = find(args.model, "MODEL")
-    config_of(name, "MODEL")
+    config = config_of(name, "MODEL")
+    fitting = tasks_for(config)
+    if args.task is not None and args.task not in fitting:
+        raise Wrong(
+            f"argument --task: {args.model!r} ({config.model_type}) is no model for {args.task}. Tasks that fit it: "
+            f"{', '.join(fitting) or 'none'}."
+        )
     text = recipe_template(name, args.task)
     if path is None:
         return text, None
     path.write_text(text, encoding="utf-8")
-    return f"{args.output}: fill in the data, then `hf-compress recipe check {args.output}`", None
+    return f"{args.output}: fill in the data, then `hf-compress recipe check {shlex.quote(str(args.output))}`", None
 
 
 def run_check(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:

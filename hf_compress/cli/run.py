@@ -19,6 +19,8 @@ The recipe is checked whole before anything is trained. Interrupted, the same co
 `hf-compress recipe init MODEL -o recipe.yaml` writes one to begin from.
 """
 
+AGAIN = "What was finished is kept; the same command goes on from there."
+
 
 def add(commands: Any) -> None:
     parser = commands.add_parser("run", help="do what a recipe says", description=DESCRIPTION, epilog=EXAMPLES)
@@ -39,8 +41,9 @@ def check_output(output: str | None) -> None:
     """Refuse an --output that is no folder."""
     if output is not None:
         path = Path(output).expanduser()
-        if path.exists() and not path.is_dir():
-            raise Wrong(f"argument --output: {output!r} is a file; it takes a folder.")
+        for place in (path, *path.parents):
+            if place.exists() and not place.is_dir():
+                raise Wrong(f"argument --output: {str(place)!r} is a file; it takes a folder.")
 
 
 def run_checked(recipe: Any, output: str | None, push_to_hub: str | None = None) -> tuple[str, dict[str, Any]]:
@@ -49,7 +52,6 @@ def run_checked(recipe: Any, output: str | None, push_to_hub: str | None = None)
     from ..publish import PushError
     from ..recipe import RecipeError, run_recipe
 
-    again = "What was finished is kept; the same command goes on from there."
     try:
         report = run_recipe(recipe, output=output, push_to_hub=push_to_hub)
     except (RecipeError, PushError):
@@ -57,8 +59,10 @@ def run_checked(recipe: Any, output: str | None, push_to_hub: str | None = None)
     except CompressionError as error:
         raise Failed(str(error)) from error
     except KeyboardInterrupt as error:
-        raise KeyboardInterrupt(again) from error
+        raise KeyboardInterrupt(AGAIN) from error
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        raise Failed(f"{where}{error.strerror or error}. {again}") from error
-    return str(report), report.to_dict()
+        raise Failed(f"{where}{error.strerror or error}. {AGAIN}") from error
+    published = report.about.get("published")
+    text = f"{report}\npublished: {published['url']}" if published else str(report)
+    return text, report.to_dict()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import os
 from dataclasses import dataclass, field
@@ -11,29 +10,9 @@ from typing import Any
 
 from ..discover import nearest
 from .reading import Source
+from .rows import digest_of, load_rows
 
-SPLITS = {  # our name -> what others call it
-    "train": ("train", "training"),
-    "validation": ("validation", "valid", "dev", "val", "validation_matched"),
-    "test": ("test", "testing", "eval"),
-}
-WORDS_AS_THEY_ARE: dict[str, Any] = {
-    "keep_default_na": False,
-    "na_values": [""],
-}  # "None" and "NA" are words; nothing is nothing
-# the builder of `datasets` that reads files of an ending, and what it must be told. In TSV a quote is an ordinary character:
-# that is how GLUE's files and most others are written, and a stray one would otherwise swallow rows
-READERS: dict[str, tuple[str, dict[str, Any]]] = {
-    ".csv": ("csv", WORDS_AS_THEY_ARE),
-    ".tsv": ("csv", {"sep": "\t", "quoting": csv.QUOTE_NONE, **WORDS_AS_THEY_ARE}),
-    ".json": ("json", {}),
-    ".jsonl": ("json", {}),
-    ".ndjson": ("json", {}),
-    ".parquet": ("parquet", {}),
-    ".txt": ("text", {}),
-}
 HELD_OUT = 0.1  # of the training rows, where there is no other split to measure or tune on
-MOST_HASHED = 256 << 20
 
 
 @dataclass(frozen=True)
@@ -47,8 +26,9 @@ class DataOptions:
         train, validation, test (`str`, *optional*): files; with a Hub id in `path`, names of splits.
         columns (`list[str]`, *optional*): names of the columns, for CSV and TSV files without a header.
         text, text_pair, label, tokens, image, audio (`str`, *optional*): which columns hold what. `label` may be a list of
-            columns: several labels a row.
-        labels (`list[str]`, *optional*): names of the classes, in order, where the data holds numbers.
+            columns of 0 and 1: several labels a row. So are lists in one column: names or numbers of the labels that a row has,
+            or 1 and 0 for every label (`[0.0, 1.0, 1.0]`).
+        labels (`list[str]`, *optional*): names of the classes, in order, where the data holds numbers or places.
         max_length (`int`, *optional*): tokens a text is cut to; of a causal LM, tokens a block has. 128 if left out, or as many
             as the model reads.
         max_seconds (`float`, *optional*): sounds are cut to this length.
@@ -80,11 +60,14 @@ class Data:
     """Opened data.
 
     Attributes:
-        splits (`dict`): `datasets.Dataset` of `train`, `validation` and `measured`.
+        splits (`dict`): `datasets.Dataset` of `train`, `measured` and, where thresholds are tuned, `validation`: the rows that
+            they are tuned on, which are never those that are measured.
         columns (`dict`): the column, by what it holds.
         measured (`str`): the name of the split that is measured.
         folders (`dict`): what relative paths of images and sounds begin at, by split.
-        digest (`str`): of the files, or of the Hub id.
+        digest (`str`): of the files and what they name, or of the Hub id; and of how rows were held out.
+        notes (`list[str]`): what was assumed or left out, in whole sentences.
+        tuned (`str`): the name of the split that thresholds are tuned on; empty where there is none.
     """
 
     splits: dict[str, Any]
@@ -93,10 +76,20 @@ class Data:
     folders: dict[str, str]
     digest: str
     notes: list[str] = field(default_factory=list)
+    tuned: str = ""
+
+    def name(self, split: str) -> str:
+        """What people call the rows of one of `splits`."""
+        return {"measured": self.measured, "validation": self.tuned}.get(split, split)
 
 
-def open_data(options: DataOptions, roles: dict[str, tuple[str, ...]], source: Source, seed: int) -> Data:
+def open_data(
+    options: DataOptions, roles: dict[str, tuple[str, ...]], source: Source, seed: int, *, tunes: bool = False
+) -> Data:
     """Open the data of a recipe, find its columns, and give it its splits.
+
+    What is measured is the test split, else the validation split, else a tenth of the training rows. Where a step tunes
+    thresholds (`tunes`), it does so on the validation split if that is not measured, else on another tenth.
 
     Args:
         options (`DataOptions`): what the recipe says.
@@ -104,11 +97,12 @@ def open_data(options: DataOptions, roles: dict[str, tuple[str, ...]], source: S
             name ends in `?` may be missing.
         source (`Source`): the recipe, for its lines.
         seed (`int`): draws the rows, where only some are wanted.
+        tunes (`bool`, defaults to `False`): whether a step tunes thresholds on rows.
 
     Raises:
-        RecipeError: nothing there, not readable, no such split or column, empty.
+        RecipeError: nothing there, not readable, no such split, column, image or sound, empty, a word that would do nothing.
     """
-    found, folders, digest = _load(options, source)
+    found, folders, digest = load_rows(options, roles, source)
     if "train" not in found:
         raise source.error(("data",), f"the data has no training rows; it has the splits {', '.join(found) or 'none'}.")
     columns: dict[str, Any] = {}
@@ -140,197 +134,72 @@ def open_data(options: DataOptions, roles: dict[str, tuple[str, ...]], source: S
                         f"{empty:,} of {len(rows):,} {name} rows have nothing in the column {part!r}; remove or fill them.",
                     )
     folders = {name: folders.get(name, "") for name in ("train", "validation", "test")}
-    return _splits(found, columns, folders, digest, notes, options, seed, source)
+    named = _files_named(found, columns, folders, options, source)
+    if named:
+        digest = hashlib.sha256(f"{digest} {digest_of(named)}".encode()).hexdigest()
+    return _splits(Data(found, columns, "", folders, digest, notes), options, seed, tunes, source)
 
 
-def _splits(
-    found: dict[str, Any],
-    columns: dict,
-    folders: dict,
-    digest: str,
-    notes: list,
-    options: DataOptions,
-    seed: int,
-    source: Source,
-) -> Data:
-    """`train`, `validation` (thresholds are tuned on it) and `measured`; a tenth of the training rows where one is missing."""
-    measured = next((name for name in ("test", "validation") if name in found), None)
-    if measured is None or "validation" not in found:
-        if len(found["train"]) < 10:
-            raise source.error(("data",), f"{len(found['train'])} training rows are too few to hold some out for measuring.")
-        halves = found["train"].train_test_split(HELD_OUT, seed=0)
-        held = f"{len(halves['test']):,} rows ({HELD_OUT:.0%}) were held out of the training rows"
-        if measured is None:
-            notes.append(f"There is no validation or test split: {held}, and are measured.")
-            measured = f"train, {HELD_OUT:.0%} held out"
-            found = {"train": halves["train"], "validation": halves["test"], measured: halves["test"]}
-            folders[measured] = folders["validation"] = folders["train"]
+def _splits(data: Data, options: DataOptions, seed: int, tunes: bool, source: Source) -> Data:
+    """`train`, `measured` and, where thresholds are tuned, `validation`; a tenth of the training rows where one is missing."""
+    found, folders = dict(data.splits), dict(data.folders)
+    if tunes and "test" in found and options.validation is not None and options.validation == options.test:
+        data.notes.append("The validation and the test rows are the same: they are measured, and not tuned on.")
+        del found["validation"]
+    measured = next((name for name in ("test", "validation") if name in found), "")
+    tuned = "validation" if tunes and "validation" in found and measured != "validation" else ""
+    if measured == "validation":
+        data.notes.append("There is no test split: the validation split is measured.")
+    wanted = [what for what, name in (("measured", measured), ("tuned", tuned or not tunes)) if not name]
+    if wanted and len(found["train"]) < 10:
+        raise source.error(("data",), f"{len(found['train'])} training rows are too few to hold some out for measuring.")
+    count: float = HELD_OUT
+    for what in wanted:
+        more = "more " if isinstance(count, int) else ""
+        halves = found["train"].train_test_split(count, seed=0)
+        count = len(halves["test"])
+        held = f"{count:,} {more}rows ({HELD_OUT:.0%}) were held out of the training rows"
+        if what == "measured":
+            name = measured = f"train, {HELD_OUT:.0%} held out"
+            data.notes.append(f"There is no validation or test split: {held}, and are measured.")
         else:
-            notes.append(f"There is no validation split: {held} to tune on.")
-            found = {**found, "train": halves["train"], "validation": halves["test"]}
-            folders["validation"] = folders["train"]
-    elif measured == "validation":
-        notes.append("There is no test split: the validation split is measured.")
+            name = tuned = f"train, {'another ' if len(wanted) > 1 else ''}{HELD_OUT:.0%} held out"
+            data.notes.append(f"To tune thresholds on rows that are not measured, {held}.")
+        found |= {"train": halves["train"], name: halves["test"]}
+        folders[name] = folders["train"]
 
     def some(rows: Any, most: int | None) -> Any:
         return rows if most is None or len(rows) <= most else rows.shuffle(seed=seed).select(range(most))
 
-    splits = {
-        "train": some(found["train"], options.max_train_samples),
-        "validation": some(found["validation"], options.max_eval_samples),
-        "measured": some(found[measured], options.max_eval_samples),
-    }
-    places = {"train": folders["train"], "validation": folders["validation"], "measured": folders[measured]}
-    return Data(splits, columns, measured, places, digest, notes)
+    names = {"train": "train", "measured": measured, **({"validation": tuned} if tuned else {})}
+    most = {"train": options.max_train_samples}
+    splits = {split: some(found[name], most.get(split, options.max_eval_samples)) for split, name in names.items()}
+    places = {split: folders[name] for split, name in names.items()}
+    digest = data.digest
+    if wanted:
+        digest = hashlib.sha256(f"{digest} without {' '.join(wanted)}".encode()).hexdigest()
+    return Data(splits, data.columns, measured, places, digest, data.notes, tuned)
 
 
-# --- opening -----------------------------------------------------------------------------------------------------
-
-
-def _load(options: DataOptions, source: Source) -> tuple[dict[str, Any], dict[str, str], str]:
-    given = {name: getattr(options, name) for name in SPLITS if getattr(options, name) is not None}
-    if options.path is None:
-        if "train" not in given:
-            raise source.error(("data",), "say where the data is: path: (Hub id, folder or file), or train: (a file).")
-        files = {name: _existing(value, ("data", name), source) for name, value in given.items()}
-        return _read(files, options, source)
-    path = locate(options.path, source)
-    if path.is_file():
-        return _read({"train": path, **{n: _existing(v, ("data", n), source) for n, v in given.items()}}, options, source)
-    if not path.is_dir():
-        if _is_path(options.path):
-            raise source.error(("data", "path"), f"there is no file or folder {options.path!r}.")
-        return _from_hub(options, given, source)
-    inside = {n: path / v for n, v in given.items() if (path / v).is_file()}
-    tables = {n: p for n, p in _tables_in(path).items() if n not in given}
-    if inside.keys() == given.keys() and ({**tables, **inside}):
-        return _read({**tables, **inside}, options, source)
-    return _from_folder(path, options, given, source)
-
-
-def _read(files: dict[str, Path], options: DataOptions, source: Source) -> tuple[dict[str, Any], dict[str, str], str]:
-    from datasets import load_dataset
-
-    found, folders = {}, {}
-    for name, path in files.items():
-        key = ("data", name) if getattr(options, name) else ("data", "path")
-        reader = READERS.get(path.suffix.lower())
-        if reader is None:
-            raise source.error(key, f"cannot read {path.name!r}; files end in {', '.join(READERS)}.")
-        kind, more = reader
-        if options.columns is not None:
-            if kind != "csv":
-                raise source.error(("data", "columns"), f"{path.name!r} names its columns itself; leave columns: out.")
-            more = {**more, "column_names": options.columns}
-        try:
-            found[name] = load_dataset(kind, data_files={name: [os.fspath(path)]}, split=name, **more)
-        except Exception as error:  # a parser fails in its own ways
-            if "corresponds to no data" in str(error):
-                raise source.error(key, f"{os.fspath(path)!r} has no rows.") from error
-            raise source.error(key, f"cannot read {os.fspath(path)!r} as {kind}: {_reason(error)}.") from error
-        folders[name] = os.fspath(path.parent.resolve())
-    return found, folders, digest_of(files.values())
-
-
-def _from_folder(
-    path: Path, options: DataOptions, given: dict[str, str], source: Source
-) -> tuple[dict[str, Any], dict[str, str], str]:
-    from datasets import DatasetDict, load_dataset, load_from_disk
-
-    try:
-        if (path / "dataset_dict.json").is_file() or (path / "dataset_info.json").is_file():
-            loaded: Any = load_from_disk(os.fspath(path))
-            loaded = loaded if isinstance(loaded, DatasetDict) else {"train": loaded}
-        else:
-            loaded = load_dataset(os.fspath(path.resolve()), options.config)
-    except Exception as error:
-        raise source.error(
-            ("data", "path"), f"no data can be read from the folder {options.path!r}: {_reason(error)}."
-        ) from error
-    return _named(loaded, given, source), dict.fromkeys(SPLITS, os.fspath(path.resolve())), digest_of([path])
-
-
-def _from_hub(options: DataOptions, given: dict[str, str], source: Source) -> tuple[dict[str, Any], dict[str, str], str]:
-    from datasets import load_dataset
-
-    try:
-        loaded: Any = load_dataset(options.path, options.config, revision=options.revision)  # type: ignore[arg-type]
-    except Exception as error:
-        key = ("data", "config") if options.config and "onfig" in str(error) else ("data", "path")
-        raise source.error(
-            key, f"the data set {options.path!r} is no folder here and cannot be had from the Hub: {_reason(error)}."
-        ) from error
-    first = next(iter(loaded.values()))
-    digest = f"{options.path} {options.config} {options.revision} {getattr(first, '_fingerprint', '')}"
-    return _named(loaded, given, source), {}, hashlib.sha256(digest.encode()).hexdigest()
-
-
-def _named(loaded: Any, given: dict[str, str], source: Source) -> dict[str, Any]:
-    """The splits that a recipe names, or those with usual names."""
-    found = {}
-    for name, usual in SPLITS.items():
-        if name in given:
-            if given[name] not in loaded:
+def _files_named(
+    found: dict[str, Any], columns: dict[str, Any], folders: dict[str, str], options: DataOptions, source: Source
+) -> list[Path]:
+    """The images and sounds that rows name by path: they are data too, and one that is missing would show late."""
+    named: set[Path] = set()
+    for role in [role for role in ("image", "audio") if role in columns]:
+        for split, rows in found.items():
+            if getattr(rows.features[columns[role]], "dtype", "") not in ("string", "large_string"):
+                continue
+            paths = {Path(folders[split]) / name for name in rows.unique(columns[role])}
+            missing = sorted(str(path) for path in paths if not os.path.isfile(path))
+            if missing:
                 raise source.error(
-                    ("data", name),
-                    f"there is no split {given[name]!r}{nearest(given[name], list(loaded))} There are {', '.join(loaded)}.",
+                    ("data", role) if getattr(options, role) else ("data",),
+                    f"{len(missing):,} of {len(paths):,} files that the {split} rows name in {columns[role]!r} are not there, "
+                    f"{missing[0][:200]!r} first.",
                 )
-            found[name] = loaded[given[name]]
-        else:
-            there = next((u for u in usual if u in loaded), None)
-            if there is not None:
-                found[name] = loaded[there]
-    return found
-
-
-def _tables_in(folder: Path) -> dict[str, Path]:
-    """Files such as train.tsv and dev.tsv, by our names of the splits."""
-    found: dict[str, Path] = {}
-    for path in sorted(folder.iterdir()):
-        if path.suffix.lower() in READERS and path.is_file():
-            name = next((name for name, usual in SPLITS.items() if path.stem.lower() in usual), None)
-            if name is not None:
-                found.setdefault(name, path)
-    return found if "train" in found else {}
-
-
-def locate(text: str, source: Source) -> Path:
-    """A path of a recipe: as it is from the working directory, else beside the recipe."""
-    path = Path(text).expanduser()
-    beside = source.folder / path if source.folder is not None else path
-    return beside if not path.exists() and beside.exists() else path
-
-
-def _is_path(text: str) -> bool:
-    return text.startswith(("/", "./", "../", "~")) or text.count("/") > 1 or Path(text).suffix.lower() in READERS
-
-
-def _existing(text: str, key: tuple, source: Source) -> Path:
-    path = locate(text, source)
-    if not path.is_file():
-        raise source.error(key, f"there is no file {text!r} (looked in {Path.cwd()} and beside the recipe).")
-    return path
-
-
-def _reason(error: BaseException) -> str:
-    cause = error.__cause__ or error
-    lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
-    return f"{type(cause).__name__}: {lines[0].rstrip('.') if lines else 'no reason given'}"[:300]
-
-
-def digest_of(paths: Any) -> str:
-    """sha256 of files: their contents, up to a size where that takes seconds; their names, sizes and times of change beyond."""
-    digest, left = hashlib.sha256(), MOST_HASHED
-    for root in sorted(map(Path, paths)):
-        for path in [root] if root.is_file() else sorted(p for p in root.rglob("*") if p.is_file()):
-            size = path.stat().st_size
-            digest.update(f"{path.relative_to(root.parent)} {size}".encode())
-            if size <= left:
-                left -= size
-                digest.update(path.read_bytes())
-            else:
-                digest.update(str(path.stat().st_mtime_ns).encode())
-    return digest.hexdigest()
+            named |= paths
+    return sorted(named)
 
 
 # --- columns -----------------------------------------------------------------------------------------------------

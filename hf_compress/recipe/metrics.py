@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -31,24 +32,29 @@ def accuracy(predictions: np.ndarray, references: np.ndarray) -> float:
     return float(same.reshape(len(same), -1).all(1).mean())
 
 
-def f1(predictions: np.ndarray, references: np.ndarray) -> float:
+def f1(predictions: np.ndarray, references: np.ndarray, classes: int | None = None) -> float:
     """F1 = 2 tp / (2 tp + fp + fn): of class 1 where there are two, else the mean over classes (macro, as scikit-learn's).
+
+    The mean is over the classes that occur. How many there are is `classes`, whichever occur in these rows; if it is left
+    out, two if none above 1 occurs.
 
     ```python
     >>> import numpy as np
     >>> from hf_compress.recipe.metrics import f1
     >>> f1(np.array([1, 1, 0, 0]), np.array([1, 0, 1, 0]))
     0.5
+    >>> f1(np.array([1, 1, 0, 0]), np.array([1, 1, 1, 0]), classes=3)  # (4 / 5 + 2 / 3) / 2
+    0.7333333333333334
 
     ```
     """
     predictions, references = np.asarray(predictions), np.asarray(references)
     if predictions.ndim == 2:  # several labels a row: the mean over labels
         return float(np.mean([_f1(predictions[:, i] == 1, references[:, i] == 1) for i in range(predictions.shape[1])]))
-    classes = np.unique(np.concatenate([predictions, references]))
-    if classes.max(initial=0) <= 1:
+    found = np.unique(np.concatenate([predictions, references]))
+    if classes == 2 or (classes is None and found.max(initial=0) <= 1):
         return _f1(predictions == 1, references == 1)
-    return float(np.mean([_f1(predictions == c, references == c) for c in classes]))
+    return float(np.mean([_f1(predictions == c, references == c) for c in found]))
 
 
 def _f1(found: np.ndarray, there: np.ndarray) -> float:
@@ -203,13 +209,14 @@ SAME = {
 DEFAULTS = {"classes": "accuracy", "labels": "f1", "numbers": "spearman", "tags": "f1", "loss": "perplexity"}
 
 
-def find_metric(name: str, kind: str, task: str) -> Metric:
+def find_metric(name: str, kind: str, task: str, classes: int | None = None) -> Metric:
     """The metric of a name, for what a task predicts.
 
     Args:
         name (`str`): one of `METRICS`, or any that `evaluate.load` finds.
         kind (`str`): what there is to compare; see `Metric`.
         task (`str`): for the message.
+        classes (`int`, *optional*): how many classes there are; `f1` is that of class 1 where there are two.
 
     Raises:
         CompressionError: the metric does not fit what is predicted, or nobody knows it.
@@ -217,7 +224,8 @@ def find_metric(name: str, kind: str, task: str) -> Metric:
     known = TAGS if kind == "tags" else METRICS
     short = SAME.get(name, name)
     if short in known and kind in known[short].of:
-        return known[short]
+        metric = known[short]
+        return replace(metric, compute=partial(f1, classes=classes)) if (short, kind) == ("f1", "classes") else metric
     fit = [m.name for m in known.values() if kind in m.of]
     if short in METRICS or short in TAGS:
         raise CompressionError(

@@ -10,32 +10,105 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
+import torch
+from torch import nn
+
 from ..edits import CompressionError, Quantize
 from ..publish import plan_of_config
-from .data import locate, open_data
+from .data import open_data
 from .labels import find_labels
 from .metrics import DEFAULTS, Metric, find_metric
-from .reading import Key
+from .reading import Key, RecipeError, noting, refuse
+from .rows import locate
 from .schema import Recipe, guess, one_line
 from .sentences import pooling_of
 from .steps import STEPS, check_teacher
-from .tasks import TASKS, Setup, first_block, quiet
+from .tasks import HALF, TASKS, Setup, first_block, quiet
 
 
 def open_recipe(recipe: Recipe) -> tuple[Setup, tuple[Metric, ...]]:
     """What a recipe's steps need: model, data, processor, metrics, all known to be there and to fit each other.
 
     Raises:
-        RecipeError: a model, file, split or column that is not there; a metric that does not fit the task.
+        RecipeError: a model, file, split or column that is not there; a metric that does not fit the task. What is wrong with
+            the model and what is wrong with the data are told together.
     """
+    source, task, options = recipe.source, TASKS[recipe.task], recipe.data
+    key: Key = ("model", "id") if ("model", "id") in source.lines else ("model",)
+    mistakes: list[RecipeError] = []
+    name = config = processor = data = None
+    with noting(mistakes):
+        name, config = _config(recipe, key)
+        processor = _processor(name, recipe, task.reads, key)
+        if task.reads == "text":
+            options = replace(options, max_length=_length(recipe, config, processor))
+    with noting(mistakes):
+        data = open_data(options, task.columns, source, recipe.seed, tunes=_tunes(recipe))
+    refuse(mistakes)
+    assert name is not None and data is not None  # nothing was refused
+    if task.reads == "audio":
+        data = _undecoded(data)
+    if str(getattr(config, "dtype", None)).removeprefix("torch.") == "float16":
+        data.notes.append(HALF)
+    trained = _has_head(config, task)
+    labels, kind, changes = None, "loss", {}
+    if task.wanted:
+        known = _classes_of(config) if trained else []
+        labels = find_labels(data, options, _wanted(recipe, task.wanted), known, source)
+        kind = labels.kind
+        if recipe.task != "sentence-similarity":
+            changes, trained = _head(labels, config, trained)
+    pooling = pooling_of(name, recipe.revision) if recipe.task == "sentence-similarity" else "mean"
+    setup = Setup(
+        recipe.task, task, data, options, labels, processor, kind, name, recipe.revision, changes,
+        bool(task.wanted) and not trained and recipe.task != "sentence-similarity", recipe.seed, pooling,
+    )  # fmt: skip
+    if kind == "loss":
+        for split in ("train", "measured"):
+            if not first_block(setup, split) and len(list(setup.rows(split))) == 0:
+                raise source.error(("data",), f"the rows of {data.name(split)!r} hold no text.")
+    classes = None if labels is None else len(labels.names)
+    metrics = []
+    for i, wanted in enumerate(recipe.metric or (DEFAULTS[kind],)):
+        place: Key = ("metric", i) if ("metric", i) in source.lines else ("metric",)
+        with noting(mistakes):
+            try:
+                metrics.append(find_metric(wanted, kind, recipe.task, classes))
+            except CompressionError as error:
+                raise source.error(place, one_line(error)) from error
+    refuse(mistakes)
+    if classes == 2 and kind == "classes" and any(metric.name == "f1" for metric in metrics):
+        data.notes.append(f"F1 is that of the class {labels.names[1]!r}.")  # type: ignore[union-attr]
+    if setup.fresh and not (recipe.steps[0].trains and recipe.steps[0].name in ("finetune", "distill")):
+        raise source.error(
+            ("steps", 0),
+            f"{recipe.model!r} has no trained head for {recipe.task} with these labels, so what this step does to it would "
+            "mean nothing: begin with finetune.",
+        )
+    try:
+        next(iter(setup.batches("train", 2)))
+        next(iter(setup.batches("measured", 2)))
+    except CompressionError as error:
+        raise source.error(("data",), one_line(error)) from error
+    except Exception as error:  # a tokenizer or image processor fails in its own ways
+        raise source.error(("data",), f"the first rows make no batch: {first_line(error)}") from error
+    return setup, tuple(metrics)
+
+
+def _config(recipe: Recipe, key: Key) -> tuple[str, Any]:
+    """The model as `from_pretrained` takes it, and its config."""
     from transformers import AutoConfig
 
-    source, task = recipe.source, TASKS[recipe.task]
-    key: Key = ("model", "id") if ("model", "id") in source.lines else ("model",)
+    source = recipe.source
     path = locate(recipe.model, source)
     name = os.fspath(path) if path.is_dir() else recipe.model
     if path.is_dir() and not (path / "config.json").is_file():
         raise source.error(key, f"the folder {recipe.model!r} holds no model: it has no config.json.")
+    if path.is_dir() and recipe.revision is not None:
+        raise source.error(
+            ("model", "revision"),
+            f"revision would do nothing here: it is of a model of the Hub, and {recipe.model!r} is a folder.",
+        )
     try:
         config = AutoConfig.from_pretrained(name, revision=recipe.revision)
     except CompressionError as error:
@@ -53,51 +126,12 @@ def open_recipe(recipe: Recipe) -> tuple[Setup, tuple[Metric, ...]]:
         raise source.error(
             key, f"{recipe.model!r} ({config.model_type}) reads a text from both sides, so it cannot continue one."
         )
-    options = recipe.data
-    processor = _processor(name, recipe, task.reads, key)
-    if task.reads == "text":
-        options = replace(options, max_length=_length(recipe, config, processor))
-    data = open_data(options, task.columns, source, recipe.seed)
-    if task.reads == "audio":
-        data = _undecoded(data)
-    trained = _has_head(config, task)
-    labels, kind, changes = None, "loss", {}
-    if task.wanted:
-        known = list((getattr(config, "id2label", None) or {}).values()) if trained else []
-        labels = find_labels(data, options, _wanted(recipe, task.wanted), known, source)
-        kind = labels.kind
-        if recipe.task != "sentence-similarity":
-            changes, trained = _head(labels, config, trained)
-    pooling = pooling_of(name, recipe.revision) if recipe.task == "sentence-similarity" else "mean"
-    setup = Setup(
-        recipe.task, task, data, options, labels, processor, kind, name, recipe.revision, changes,
-        bool(task.wanted) and not trained and recipe.task != "sentence-similarity", recipe.seed, pooling,
-    )  # fmt: skip
-    if kind == "loss":
-        for split in ("train", "measured"):
-            if not first_block(setup, split) and len(list(setup.rows(split))) == 0:
-                raise source.error(("data",), f"the {split} rows hold no text.")
-    metrics = []
-    for i, wanted in enumerate(recipe.metric or (DEFAULTS[kind],)):
-        try:
-            metrics.append(find_metric(wanted, kind, recipe.task))
-        except CompressionError as error:
-            place: Key = ("metric", i) if ("metric", i) in source.lines else ("metric",)
-            raise source.error(place, one_line(error)) from error
-    if setup.fresh and not (recipe.steps[0].trains and recipe.steps[0].name in ("finetune", "distill")):
-        raise source.error(
-            ("steps", 0),
-            f"{recipe.model!r} has no trained head for {recipe.task} with these labels, so what this step does to it would "
-            "mean nothing: begin with finetune.",
-        )
-    try:
-        next(iter(setup.batches("train", 2)))
-        next(iter(setup.batches("measured", 2)))
-    except CompressionError as error:
-        raise source.error(("data",), one_line(error)) from error
-    except Exception as error:  # a tokenizer or image processor fails in its own ways
-        raise source.error(("data",), f"the first rows make no batch: {first_line(error)}") from error
-    return setup, tuple(metrics)
+    return name, config
+
+
+def _tunes(recipe: Recipe) -> bool:
+    """Whether a step chooses exit thresholds on rows."""
+    return any(step.options.get(word) is not None for step in recipe.steps for word in ("mean_depth", "max_drop"))
 
 
 def rehearse(recipe: Recipe, setup: Setup) -> None:
@@ -198,12 +232,28 @@ def _length(recipe: Recipe, config: Any, processor: Any) -> int:
     """Tokens a text is cut to, all lengths of the recipe being within what the model reads."""
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     most = min(processor.model_max_length, getattr(text, "max_position_embeddings", None) or 10**9)
+    if most < 10**9:
+        most = min(most, _positions(config))
     asked: list[tuple[Key, Any]] = [(("data", "max_length"), recipe.data.max_length)]
     asked += [(("steps", i, step.name, "length"), step.options.get("length")) for i, step in enumerate(recipe.steps)]
     for key, length in asked:
         if length is not None and length > most:
             raise recipe.source.error(key, f"{key[-1]} is {length}, and this model reads at most {most} tokens.")
     return recipe.data.max_length or min(128, most)
+
+
+def _positions(config: Any) -> int:
+    """Tokens that tables of positions have rows for. RoBERTa and its like begin at the row after the padding's."""
+    from transformers import AutoModel
+
+    try:
+        with torch.device("meta"), quiet():
+            model = AutoModel.from_config(config)
+    except Exception:  # not every model is made on the meta device, or from its config: then there is nothing to look at
+        return 10**9
+    tables = [m for name, m in model.named_modules() if isinstance(m, nn.Embedding) and "position" in name.rpartition(".")[2]]
+    rows = [table.num_embeddings - table.padding_idx - 1 for table in tables if table.padding_idx is not None]
+    return min(rows, default=10**9)
 
 
 def _undecoded(data: Any) -> Any:
@@ -235,13 +285,19 @@ def _has_head(config: Any, task: Any) -> bool:
     return found[0].endswith(task.endings)
 
 
+def _classes_of(config: Any) -> list[str]:
+    """The names of a head's classes, in its order."""
+    names = getattr(config, "id2label", None) or {}
+    return [str(names[i]) for i in sorted(names)]
+
+
 def _head(labels: Any, config: Any, trained: bool) -> tuple[dict[str, Any], bool]:
     """What the config must be told, and whether the head that the model has fits the labels."""
     problems = {"classes": "single_label_classification", "labels": "multi_label_classification", "numbers": "regression"}
     count = 1 if labels.kind == "numbers" else len(labels.names)
     changes: dict[str, Any] = {"problem_type": problems[labels.kind]} if labels.kind in problems else {}
-    named = [str(name) for name in (getattr(config, "id2label", None) or {}).values()]
-    # a head that was trained for the same classes in another order, or for others, is new here
+    named = _classes_of(config)
+    # `find_labels` took the head's order where the classes are the same; a head for other classes is new here
     unnamed = all(re.fullmatch(r"LABEL_\d+", name) for name in named) or all(name.isdigit() for name in labels.names)
     same = unnamed or [n.lower() for n in named] == [n.lower() for n in labels.names]
     trained = trained and getattr(config, "num_labels", None) == count and (labels.kind == "numbers" or same)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import yaml
 
 from ..edits import CompressionError
+from ..yaml12 import Dumper, Loader
 
 MOST_BYTES = 1 << 18
 DEEPEST = 20
@@ -19,7 +21,10 @@ Key = tuple[str | int, ...]  # ("steps", 1, "prune", "heads")
 
 
 class RecipeError(CompressionError):
-    """A mistake in a recipe. The message begins with `file:line: `; nothing has been trained or written."""
+    """A mistake in a recipe, or several, one a line. Each begins with `file:line: `; nothing has been trained or written."""
+
+    key: Key = ()
+    line: int = 1
 
 
 @dataclass(frozen=True)
@@ -43,35 +48,53 @@ class Source:
         near = key
         while near and near not in self.lines:
             near = near[:-1]
-        return RecipeError(f"{self.name}:{self.lines.get(near, 1)}: {message}")
+        line = self.lines.get(near, 1)
+        message = " ".join(message.splitlines())  # several mistakes are told one a line
+        error = RecipeError(f"{self.name}:{line}: {message}")
+        error.key, error.line = key, line
+        return error
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML's safe subset with the scalars of YAML 1.2: `3e-5` is a number, `no` and `2024-01-01` are text."""
-
-    yaml_implicit_resolvers: dict = {}
-
-
-for tag, pattern, first in (
-    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
-    ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
-    ("int", r"[-+]?[0-9]+", list("-+0123456789")),
-    ("float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?", list("-+.0123456789")),
-    ("float", r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", list("-+.")),
-):
-    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{tag}", re.compile(f"^(?:{pattern})$"), first)
+@contextmanager
+def noting(mistakes: list[RecipeError]) -> Iterator[None]:
+    """Put a mistake on the list and go on after the block, so that one mistake does not hide the next."""
+    try:
+        yield
+    except RecipeError as error:
+        mistakes.append(error)
 
 
-_Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.value))  # 012 is twelve
-_Loader.add_constructor(
-    "tag:yaml.org,2002:float", lambda loader, node: float(node.value.lower().replace(".inf", "inf").replace(".nan", "nan"))
-)
+def refuse(mistakes: Sequence[RecipeError]) -> None:
+    """Raise what was noted, if anything was: as it is where there is one, else all in one, in the order of their lines.
 
+    Of several mistakes at one place the first is told: the others follow from it.
 
-class _Dumper(yaml.SafeDumper):
-    """Quotes what `_Loader` would read as something else than text."""
+    Raises:
+        RecipeError: one line a mistake.
 
-    yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
+    Example:
+
+    ```python
+    >>> from hf_compress.recipe.reading import Source, refuse
+    >>> source = Source("r.yaml", "", {("seed",): 2, ("task",): 1})
+    >>> refuse([source.error(("seed",), "no seed."), source.error(("task",), "no task.")])
+    Traceback (most recent call last):
+    ...
+    hf_compress.recipe.reading.RecipeError: r.yaml:1: no task.
+    r.yaml:2: no seed.
+
+    ```
+    """
+    first: dict[Any, RecipeError] = {}
+    for i, mistake in enumerate(mistakes):
+        first.setdefault(mistake.key or i, mistake)
+    told = sorted(first.values(), key=lambda mistake: mistake.line)
+    if len(told) == 1:
+        raise told[0]
+    if told:
+        together = RecipeError("\n".join(map(str, told)))
+        together.key, together.line = told[0].key, told[0].line
+        raise together
 
 
 def read_source(recipe: str | os.PathLike | Mapping[str, Any]) -> tuple[dict[str, Any], Source]:
@@ -95,8 +118,8 @@ def read_source(recipe: str | os.PathLike | Mapping[str, Any]) -> tuple[dict[str
     if isinstance(recipe, Mapping):
         name, folder = "recipe", None
         try:
-            text = yaml.dump(_plain(recipe), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
-        except yaml.YAMLError as error:
+            text = yaml.dump(_plain(recipe), Dumper=Dumper, sort_keys=False, allow_unicode=True)
+        except (yaml.YAMLError, ValueError) as error:  # a number of thousands of digits is a ValueError
             reason = str(error).splitlines()[0]
             raise RecipeError(f"recipe:1: a recipe holds numbers, texts, lists and dicts alone ({reason}).") from None
     elif isinstance(recipe, str | os.PathLike):
@@ -110,7 +133,7 @@ def read_source(recipe: str | os.PathLike | Mapping[str, Any]) -> tuple[dict[str
     lines: dict[Key, int] = {}
     try:
         _refuse_references(name, text)
-        loader = _Loader(text)
+        loader = Loader(text)
         node = loader.get_single_node()
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
@@ -157,7 +180,7 @@ def _refuse_references(name: str, text: str) -> None:
             raise RecipeError(f"{name}:{line}: the tag {event.tag!r} is not read in recipes; write a plain value.")
 
 
-def _value(loader: _Loader, node: yaml.Node, key: Key, source: Source, lines: dict[Key, int]) -> Any:
+def _value(loader: Loader, node: yaml.Node, key: Key, source: Source, lines: dict[Key, int]) -> Any:
     lines.setdefault(key, node.start_mark.line + 1)
     if isinstance(node, yaml.MappingNode):
         found: dict[str, Any] = {}
@@ -173,7 +196,10 @@ def _value(loader: _Loader, node: yaml.Node, key: Key, source: Source, lines: di
         return found
     if isinstance(node, yaml.SequenceNode):
         return [_value(loader, item, (*key, i), source, lines) for i, item in enumerate(node.value)]
-    return loader.construct_object(node)  # type: ignore[no-untyped-call]
+    try:
+        return loader.construct_object(node)  # type: ignore[no-untyped-call]
+    except ValueError:  # Python reads no number of thousands of digits
+        raise source.error(key, f"a number of {len(node.value):,} digits is no number of a recipe.") from None
 
 
 def _plain(value: Any) -> Any:

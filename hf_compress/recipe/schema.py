@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import math
 import re
-import types
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, get_type_hints
 
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from ..discover import nearest
 from .data import DataOptions
-from .reading import Key, RecipeError, Source
+from .metrics import SAME
+from .reading import Key, RecipeError, Source, noting, refuse
 from .steps import STEPS, Step, check_step
 from .tasks import TASKS
+from .values import LARGEST, checked, shown
 
 PUSH = {"repo": str, "private": bool, "revision": str, "create_pr": bool, "commit_message": str}
 
@@ -59,85 +61,144 @@ TOP = {f.name: None for f in fields(Recipe) if f.name not in ("source", "revisio
 
 
 def parse(values: Mapping[str, Any], source: Source, output: str | None = None) -> Recipe:
-    """A recipe from its values, or the first mistake in it.
+    """A recipe from its values, or every mistake in it.
 
     Args:
         values (`dict`), source (`Source`): as `read_source` gives them.
         output (`str`, *optional*): instead of the recipe's own.
 
     Raises:
-        RecipeError: an unknown word, a wrong type, a value out of range, something missing, an order that makes no sense.
+        RecipeError: an unknown word, a wrong type, a value out of range, something missing, a word that would do nothing, an
+            order that makes no sense. Several mistakes are told one a line, each with its place.
     """
-    _check_words(values, TOP, (), source, "a recipe")
-    needed = [name for name in ("model", "task", "data", "steps") if name not in values]
+    mistakes: list[RecipeError] = []
+    values = dict(values)
+    if output is not None:
+        values["output"] = output
+    _check_words(values, TOP, (), source, "a recipe", mistakes)
+    meant = " ".join(map(str, mistakes))  # a word that is misspelt is not missing too
+    needed = [
+        name for name in ("model", "task", "data", "steps") if name not in values and f"did you mean {name!r}" not in meant
+    ]
     if needed:
-        raise source.error((), f"a recipe needs {', '.join(needed)}.")
-    model, revision = _model(values["model"], source)
-    task = _checked(values["task"], str, ("task",), source)
-    if task not in TASKS:
-        raise source.error(("task",), f"unknown task {task!r}{nearest(task, list(TASKS))} Tasks: {', '.join(TASKS)}.")
-    data = _data(values["data"], source)
-    metric = _checked(values.get("metric", []), str | list[str], ("metric",), source)
-    seed = _checked(values.get("seed", 0), int, ("seed",), source)
-    if not 0 <= seed < 2**32:
-        raise source.error(("seed",), f"seed must lie between 0 and {2**32 - 1}, got {seed}.")
-    given = values.get("output") if output is None else output
-    if given is None:
-        raise source.error((), "a recipe needs output: (a folder), or give one when it is run.")
-    folder = _checked(given, str, ("output",), source)
-    if not folder.strip():
-        raise source.error(("output",), "output is empty; name a folder.")
-    steps = _steps(values["steps"], source)
-    push = values.get("push")
-    return Recipe(
-        model,
-        task,
-        data,
-        steps,
-        folder,
-        (metric,) if isinstance(metric, str) else tuple(metric),
-        seed,
-        revision,
-        None if push is None else check_push(push, source),
-        source,
-    )
+        mistakes.append(source.error((), f"a recipe needs {', '.join(needed)}."))
+    if values.get("output") is None and "did you mean 'output'" not in meant:
+        mistakes.append(source.error((), "a recipe needs output: (a folder), or give one when it is run."))
+    found: dict[str, Any] = {}
+    for name, read in PARTS.items():
+        if name in values and (name, values[name]) not in (("push", None), ("output", None)):
+            with noting(mistakes):
+                found[name] = read(values[name], source, mistakes)
+    if found.get("task") and isinstance(values.get("data"), Mapping):
+        _check_reads(values["data"], found["task"], source, mistakes)
+    refuse(mistakes)
+    model, revision = found.pop("model")
+    return Recipe(model, revision=revision, source=source, **found)
 
 
-def _model(value: Any, source: Source) -> tuple[str, str | None]:
+def _model(value: Any, source: Source, mistakes: list[RecipeError]) -> tuple[str, str | None]:
     if isinstance(value, Mapping):
-        _check_words(value, {"id": str, "revision": str}, ("model",), source, "model")
-        if "id" not in value:
-            raise source.error(("model",), "model needs id: (a Hub id or a folder).")
+        before = len(mistakes)
+        _check_words(value, {"id": str, "revision": str}, ("model",), source, "model", mistakes)
         revision = value.get("revision")
         if revision is not None:
-            _checked(revision, str, ("model", "revision"), source)
+            with noting(mistakes):
+                _filled(revision, ("model", "revision"), source)
+        if "id" not in value:
+            if len(mistakes) == before:  # else the unknown word stands where id should
+                mistakes.append(source.error(("model",), "model needs id: (a Hub id or a folder)."))
+            return "", revision
         return _filled(value["id"], ("model", "id"), source), revision
     return _filled(value, ("model",), source), None
 
 
 def _filled(value: Any, key: Key, source: Source) -> str:
-    text = _checked(value, str, key, source)
+    text = checked(value, str, key, source)
     if not text.strip():
         raise source.error(key, f"{key[-1]} is empty.")
     return text
 
 
-def _data(value: Any, source: Source) -> DataOptions:
+def _task(value: Any, source: Source, mistakes: list[RecipeError]) -> str:
+    task = checked(value, str, ("task",), source)
+    if task not in TASKS:
+        raise source.error(("task",), f"unknown task {task!r}{nearest(task, list(TASKS))} Tasks: {', '.join(TASKS)}.")
+    return task
+
+
+def _metric(value: Any, source: Source, mistakes: list[RecipeError]) -> tuple[str, ...]:
+    checked(value, str | list[str], ("metric",), source)
+    names = [value] if isinstance(value, str) else value
+    if not names or not all(name.strip() for name in names):
+        raise source.error(("metric",), "metric is empty; name one, or leave it out for the usual one of the task.")
+    plain = [SAME.get(name, name) for name in names]
+    twice = next((i for i, name in enumerate(plain) if name in plain[:i]), None)
+    if twice is not None:
+        raise source.error(("metric", twice), f"metric must hold each name once, got {names[twice]!r} again.")
+    return tuple(names)
+
+
+def _seed(value: Any, source: Source, mistakes: list[RecipeError]) -> int:
+    seed = checked(value, int, ("seed",), source)
+    if not 0 <= seed <= LARGEST:
+        raise source.error(("seed",), f"seed must lie between 0 and {LARGEST}, got {seed}.")
+    return seed
+
+
+def _output(value: Any, source: Source, mistakes: list[RecipeError]) -> str:
+    folder = checked(value, str, ("output",), source)
+    if not folder.strip():
+        raise source.error(("output",), "output is empty; name a folder.")
+    return folder
+
+
+def _data(value: Any, source: Source, mistakes: list[RecipeError]) -> DataOptions:
     if isinstance(value, str):
-        value = {"path": value}
+        value = {"path": _filled(value, ("data",), source)}
     if not isinstance(value, Mapping):
-        raise source.error(("data",), f"data is a Hub id, a path, or a mapping with path: and columns, got {_shown(value)}.")
+        raise source.error(("data",), f"data is a Hub id, a path, or a mapping with path: and columns, got {shown(value)}.")
     hints = get_type_hints(DataOptions)
-    _check_words(value, hints, ("data",), source, "data")
-    for name, item in value.items():
-        _checked(item, hints[name], ("data", name), source)
-        if isinstance(item, str) and not item.strip():
-            raise source.error(("data", name), f"{name} is empty.")
-        if isinstance(item, list) and (not item or len(set(item)) != len(item)):
-            raise source.error(("data", name), f"{name} must hold each name once, got {_shown(item)}.")
-        if isinstance(item, int | float) and item < (2 if name == "max_length" else 1e-3):
-            raise source.error(("data", name), f"{name} is too small: {item}.")
-    return DataOptions(**value)
+    _check_words(value, hints, ("data",), source, "data", mistakes)
+    known = {name: item for name, item in value.items() if name in hints}
+    for name, item in known.items():
+        with noting(mistakes):
+            _data_word(name, item, hints[name], source)
+    return DataOptions(**known)
+
+
+def _data_word(name: str, item: Any, hint: Any, source: Source) -> None:
+    key = ("data", name)
+    checked(item, hint, key, source)
+    if isinstance(item, str) and not item.strip():
+        raise source.error(key, f"{name} is empty.")
+    if isinstance(item, list) and (not item or len(set(item)) != len(item)):
+        raise source.error(key, f"{name} must hold each name once, got {shown(item)}.")
+    if isinstance(item, float) and not math.isfinite(item):
+        raise source.error(key, f"{name} must be a finite number, got {item!r}.")
+    if isinstance(item, int | float) and item < (2 if name == "max_length" else 1e-3):
+        raise source.error(key, f"{name} is too small: {item}.")
+
+
+def _check_reads(data: Mapping[str, Any], name: str, source: Source, mistakes: list[RecipeError]) -> None:
+    """Refuse words of data that this task would not look at."""
+    task = TASKS[name]
+    columns = [role.rstrip("?") for role in task.columns]
+    every = {role.rstrip("?") for one in TASKS.values() for role in one.columns}
+    cuts = {"max_length": "text", "max_seconds": "audio"}
+    many = {"text": "texts", "image": "images", "audio": "sounds"}
+    for word in [word for word, value in data.items() if value is not None]:
+        if word in every and word not in columns:
+            why = f"{name} does not read it; its columns are {', '.join(columns)}."
+        elif word in cuts and task.reads != cuts[word]:
+            why = f"it cuts {many[cuts[word]]}, and {name} reads {many[task.reads]}."
+        elif word == "labels" and task.wanted in ("", "numbers"):
+            why = f"{name} has no classes that could be named."
+        elif word == "label" and isinstance(data[word], list) and task.wanted in ("tags", "numbers"):
+            mistakes.append(source.error(("data", word), f"label is one column in {name}, got {shown(data[word])}."))
+            continue
+        else:
+            continue
+        mistakes.append(source.error(("data", word), f"{word} would do nothing here: {why} Leave it out."))
 
 
 def check_push(value: Any, source: Source) -> dict[str, Any]:
@@ -146,18 +207,31 @@ def check_push(value: Any, source: Source) -> dict[str, Any]:
     Raises:
         RecipeError: an unknown word, or a name that the Hub cannot have.
     """
+    mistakes: list[RecipeError] = []
+    found: dict[str, Any] = {}
+    with noting(mistakes):
+        found = _push(value, source, mistakes)
+    refuse(mistakes)
+    return found
+
+
+def _push(value: Any, source: Source, mistakes: list[RecipeError]) -> dict[str, Any]:
     if isinstance(value, str):
         value = {"repo": value}
     if not isinstance(value, Mapping):
-        raise source.error(("push",), f"push is a repository (me/name), or a mapping with repo:, got {_shown(value)}.")
-    _check_words(value, PUSH, ("push",), source, "push")
-    for name, item in value.items():
-        _checked(item, PUSH[name], ("push", name), source)
+        raise source.error(("push",), f"push is a repository (me/name), or a mapping with repo:, got {shown(value)}.")
+    before = len(mistakes)
+    _check_words(value, PUSH, ("push",), source, "push", mistakes)
+    for name in [name for name in value if name in PUSH and name != "repo"]:
+        with noting(mistakes):
+            checked(value[name], PUSH[name], ("push", name), source)
     key = ("push", "repo") if ("push", "repo") in source.lines else ("push",)
     if "repo" not in value:
-        raise source.error(("push",), "push needs repo: (such as me/minilm-small).")
+        if len(mistakes) == before:
+            mistakes.append(source.error(("push",), "push needs repo: (such as me/minilm-small)."))
+        return {}
     try:
-        validate_repo_id(value["repo"])
+        validate_repo_id(checked(value["repo"], str, ("push", "repo"), source))
     except HFValidationError as error:
         raise source.error(key, f"{value['repo']!r} is no name of a repository: {str(error).splitlines()[0]}") from None
     return dict(value)
@@ -166,39 +240,59 @@ def check_push(value: Any, source: Source) -> dict[str, Any]:
 # --- steps -------------------------------------------------------------------------------------------------------
 
 
-def _steps(value: Any, source: Source) -> tuple[Step, ...]:
+def _steps(value: Any, source: Source, mistakes: list[RecipeError]) -> tuple[Step, ...]:
     if not isinstance(value, Sequence) or isinstance(value, str):
-        raise source.error(("steps",), f"steps is a list, such as '- prune: {{heads: 0.5}}', got {_shown(value)}.")
+        raise source.error(("steps",), f"steps is a list, such as '- prune: {{heads: 0.5}}', got {shown(value)}.")
     if not value:
         raise source.error(("steps",), f"steps is empty; a step is one of {', '.join(STEPS)}.")
     steps = []
     for i, item in enumerate(value):
-        key: Key = ("steps", i)
-        if isinstance(item, str):
-            item = {item: None}
-        if not isinstance(item, Mapping) or len(item) != 1:
-            got = f"{', '.join(item)} at once" if isinstance(item, Mapping) and item else _shown(item)
-            raise source.error(
-                key, f"each step is one word with its options below it, such as '- quantize: {{bits: 8}}'; got {got}."
-            )
-        ((name, options),) = item.items()
-        if name not in STEPS:
-            raise source.error(key, f"unknown step {name!r}{nearest(name, list(STEPS))} Steps: {', '.join(STEPS)}.")
-        options = {} if options is None else options
-        if not isinstance(options, Mapping):
-            raise source.error((*key, name), f"the options of {name} are a mapping, got {_shown(options)}.")
-        words = STEPS[name].words
-        _check_words(options, words, (*key, name), source, name)
-        for word, given in options.items():
-            _checked(given, words[word], (*key, name, word), source)
-        step = Step(name, dict(options))
+        with noting(mistakes):
+            steps.append(_step(i, item, source, mistakes))
+    if len(steps) == len(value):  # the order of a list with a hole says nothing
+        _check_order(steps, source)
+    return tuple(steps)
+
+
+def _step(i: int, item: Any, source: Source, mistakes: list[RecipeError]) -> Step:
+    key: Key = ("steps", i)
+    if isinstance(item, str):
+        item = {item: None}
+    if not isinstance(item, Mapping) or len(item) != 1:
+        got = f"{', '.join(item)} at once" if isinstance(item, Mapping) and item else shown(item)
+        raise source.error(
+            key, f"each step is one word with its options below it, such as '- quantize: {{bits: 8}}'; got {got}."
+        )
+    ((name, options),) = item.items()
+    if name not in STEPS:
+        raise source.error(key, f"unknown step {name!r}{nearest(name, list(STEPS))} Steps: {', '.join(STEPS)}.")
+    options = {} if options is None else options
+    if not isinstance(options, Mapping):
+        raise source.error((*key, name), f"the options of {name} are a mapping, got {shown(options)}.")
+    words, before = STEPS[name].words, len(mistakes)
+    _check_words(options, words, (*key, name), source, name, mistakes)
+    for word in [word for word in options if word in words]:
+        with noting(mistakes):
+            checked(options[word], words[word], (*key, name, word), source)
+    step = Step(name, dict(options))
+    if len(mistakes) == before:
         try:
             check_step(step)
         except (ValueError, ImportError) as error:
-            raise source.error(guess((*key, name), options, str(error)), f"{name}: {one_line(error)}") from None
-        steps.append(step)
-    _check_order(steps, source)
-    return tuple(steps)
+            mistakes.append(source.error(guess((*key, name), options, str(error)), f"{name}: {one_line(error)}"))
+    return step
+
+
+PARTS: dict[str, Callable[[Any, Source, list[RecipeError]], Any]] = {
+    "model": _model,
+    "task": _task,
+    "data": _data,
+    "metric": _metric,
+    "seed": _seed,
+    "output": _output,
+    "steps": _steps,
+    "push": _push,
+}
 
 
 def guess(key: Key, options: Mapping[str, Any], message: str) -> Key:
@@ -242,93 +336,13 @@ def _check_order(steps: Sequence[Step], source: Source) -> None:
         seen.setdefault(step.name, i)
 
 
-# --- words and types ---------------------------------------------------------------------------------------------
+# --- words ------------------------------------------------------------------------------------------------------
 
 
-def _check_words(values: Any, known: Mapping[str, Any], key: Key, source: Source, what: str) -> None:
-    if not isinstance(values, Mapping):
-        raise source.error(key, f"{what} is a mapping, got {_shown(values)}.")
-    for word in values:
-        if word not in known:
-            near = nearest(word, list(known))
-            more = "" if "did you mean" in near and len(known) > 12 else f" Known: {', '.join(known)}."
-            raise source.error((*key, word), f"{what} has no {word!r}{near}{more}")
-
-
-def _checked(value: Any, hint: Any, key: Key, source: Source) -> Any:
-    if not fits(value, hint):
-        raise source.error(key, f"{key[-1]} must be {in_words(hint)}, got {_shown(value)}.")
-    return value
-
-
-def fits(value: Any, hint: Any) -> bool:
-    """Whether a value of YAML is of a type; a whole number is a number, true is not.
-
-    ```python
-    >>> from hf_compress.recipe.schema import fits
-    >>> fits(1, float), fits(True, int), fits([1, 2], list[int]), fits("a", list[str] | None)
-    (True, False, True, False)
-
-    ```
-    """
-    origin, inner = get_origin(hint), get_args(hint)
-    if origin in (Union, types.UnionType):
-        return any(fits(value, one) for one in inner)
-    if hint is Any:
-        return True
-    if hint is None or hint is type(None):
-        return value is None
-    if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    kind = origin or hint
-    if not isinstance(kind, type):
-        return True
-    if issubclass(kind, str):  # also the enums of transformers
-        return isinstance(value, str)
-    if issubclass(kind, Mapping):
-        return isinstance(value, Mapping)
-    if issubclass(kind, Iterable):
-        items = [one for one in inner if one is not Ellipsis]
-        return isinstance(value, list) and all(fits(v, items[0]) for v in value) if items else isinstance(value, list)
-    return isinstance(value, kind)
-
-
-NAMES = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", list: "a list", dict: "a mapping"}
-
-
-def in_words(hint: Any) -> str:
-    """A type for people.
-
-    ```python
-    >>> from hf_compress.recipe.schema import in_words
-    >>> in_words(float | None), in_words(int | list[int])
-    ('a number', 'a whole number or a list of whole numbers')
-
-    ```
-    """
-    origin, inner = get_origin(hint), get_args(hint)
-    if origin in (Union, types.UnionType):
-        return " or ".join(dict.fromkeys(in_words(one) for one in inner if one is not type(None)))
-    kind = origin or hint
-    if isinstance(kind, type) and issubclass(kind, Iterable) and not issubclass(kind, str | Mapping) and inner:
-        one = in_words(inner[0]).removeprefix("a ")
-        return f"a list of {one}s"
-    if isinstance(kind, type):
-        return next((text for base, text in NAMES.items() if kind is base), None) or next(
-            (
-                text
-                for base, text in {str: "a text", Mapping: "a mapping", Iterable: "a list"}.items()
-                if issubclass(kind, base)
-            ),
-            kind.__name__,
-        )
-    return str(hint)
-
-
-def _shown(value: Any) -> str:
-    if value is None:
-        return "nothing"
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:56]}..."
+def _check_words(
+    values: Mapping[str, Any], known: Mapping[str, Any], key: Key, source: Source, what: str, mistakes: list[RecipeError]
+) -> None:
+    for word in [word for word in values if word not in known]:
+        near = nearest(word, list(known))
+        more = "" if "did you mean" in near and len(known) > 12 else f" Known: {', '.join(known)}."
+        mistakes.append(source.error((*key, word), f"{what} has no {word!r}{near}{more}"))

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers.trainer_utils import SchedulerType
+from transformers.utils import logging
 
 from ..discover import discover
 from ..distillation import init_student
@@ -29,22 +29,14 @@ from ..pruning import plan_pruning
 from ..pruning.callback import PruningCallback
 from ..quantization.callback import QuantizationCallback
 from ..surgery import apply_
+from .shares import check_share
 from .tasks import Setup
-from .training import TRAINING, arguments_for, similarity_loss, train_
+from .training import TRAINING, arguments_for, check_range, check_training, similarity_loss, train_
 from .words import HERE, distillation_words, training_words, words_of
 
-ABOVE_0 = (
-    "epochs",
-    "learning_rate",
-    "batch_size",
-    "eval_batch_size",
-    "length",
-    "save_steps",
-    "logging_steps",
-    "gradient_accumulation_steps",
-    "calibration_samples",
-)
+logger = logging.get_logger(__name__)
 
+MOST_ROWS = 65_536  # of a batch that is timed
 
 CALLBACK_ONLY = {
     "prune": set(words_of(PruningCallback)) - set(words_of(plan_pruning)),
@@ -126,21 +118,18 @@ def check_step(step: Step) -> None:
         ValueError: with the reason (a `CompressionError`, or what transformers' own arguments raise).
     """
     options = step.options
-    for word in ABOVE_0:
+    for word in ("length", "calibration_samples"):
         value = options.get(word)
         if value is not None and not value > 0:
             raise CompressionError(f"{word} must be above 0, got {value!r}.")
-    endless = [w for w, v in options.items() if isinstance(v, float) and not math.isfinite(v)]
-    if endless:
-        raise CompressionError(f"{endless[0]} must be a finite number, got {options[endless[0]]!r}.")
-    for word, least in (("max_drop", 0), ("mean_depth", 1), ("seed", 0), ("weight_decay", 0)):
+    for word, value in options.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise CompressionError(f"{word} must be a finite number, got {value!r}.")
+        if word in TRAINING and isinstance(value, int | float) and not isinstance(value, bool):
+            check_range(word, value)
+    for word, least in (("max_drop", 0), ("mean_depth", 1)):
         if isinstance(options.get(word), int | float) and options[word] < least:
             raise CompressionError(f"{word} must be {least} or more, got {options[word]!r}.")
-    if options.get("max_steps", 1) < 1:
-        raise CompressionError(f"max_steps must be 1 or more, got {options['max_steps']!r}; leave it out to train by epochs.")
-    schedule = options.get("lr_scheduler_type")
-    if schedule is not None and schedule not in (known := [kind.value for kind in SchedulerType]):
-        raise CompressionError(f"lr_scheduler_type must be one of {', '.join(known)}, got {schedule!r}.")
     words = [w for w in (*TRAINING, "teacher", *distillation_words()) if w in options and w not in _own_words(step)]
     if words and step.name != "measure" and not step.trains:
         raise CompressionError(f"{words[0]} is a word of training, and this step does not train: add epochs: or max_steps:.")
@@ -149,10 +138,7 @@ def check_step(step: Step) -> None:
         if alone:
             raise CompressionError(f"{alone[0]} weighs a teacher, and this step has none: add teacher: previous.")
     if step.trains:
-        try:
-            arguments_for(step.training, "unused", 0, step.teacher is not None)
-        except TypeError as error:
-            raise CompressionError(str(error)) from error
+        check_training(step.training, step.teacher is not None)
     STEPS[step.name].check(step)
 
 
@@ -208,7 +194,9 @@ def _check_prune(step: Step) -> None:
 
 def _rehearse_prune(step: Step, model: Any, setup: Setup) -> Any:
     options = {k: v for k, v in step.own(PruningCallback).items() if k in words_of(plan_pruning)}
-    return _applied(model, plan_pruning(model, **{**options, "score": "random", "seed": 0}), setup)
+    plan = plan_pruning(model, **{**options, "score": "random", "seed": 0})
+    check_share(discover(model), options)
+    return _applied(model, plan, setup)
 
 
 def _prune(step: Step, model: Any, stage: Stage) -> tuple[Any, Plan]:
@@ -229,6 +217,8 @@ def _prune(step: Step, model: Any, stage: Stage) -> tuple[Any, Plan]:
 
         options["loss_fn"] = loss_fn
     plan = plan_pruning(model, batches, **options)
+    if not len(plan):  # with round_to, what goes can round to nothing in every block
+        logger.warning(f"{step.name} removed nothing: what was to go is less than round_to in every block.")
     return _applied(model, plan, setup), plan
 
 
@@ -351,7 +341,7 @@ def _exits(step: Step, model: Any, stage: Stage) -> tuple[Any, Plan]:
     setup = stage.setup
     callback = EarlyExitCallback(**step.own(EarlyExitCallback), inputs=setup.inputs(model))
     model = _train(step, model, stage, [callback])
-    bounds = {name: step.options[name] for name in ("mean_depth", "max_drop") if name in step.options}
+    bounds = {name: step.options[name] for name in ("mean_depth", "max_drop") if step.options.get(name) is not None}
     if bounds:
         sign = 1 if stage.metric.greater_is_better else -1
         metric = stage.metric.compute
@@ -368,8 +358,8 @@ def _exits(step: Step, model: Any, stage: Stage) -> tuple[Any, Plan]:
 
 def _check_measure(step: Step) -> None:
     sizes = step.options.get("batch_sizes")
-    if sizes is not None and (not sizes or not all(type(s) is int and s > 0 for s in sizes)):
-        raise CompressionError(f"batch_sizes is a list of numbers of rows, such as [1, 32], got {sizes!r}.")
+    if sizes is not None and (not sizes or not all(type(s) is int and 0 < s <= MOST_ROWS for s in sizes)):
+        raise CompressionError(f"batch_sizes is a list of numbers of rows up to {MOST_ROWS:,}, such as [1, 32], got {sizes!r}.")
     if step.options.get("repeats", 1) < 1 or step.options.get("warmup", 0) < 0:
         raise CompressionError("repeats must be 1 or more and warmup 0 or more.")
 

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 TEXT = ("text", "sentence", "sentence1", "content", "review", "premise", "question1")
 PAIR = ("text_pair", "sentence2", "hypothesis", "question2")
 LABEL = ("label", "labels", "target", "class")
+HALF = "The model given is in float16; it was trained, measured and saved in float32."
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,8 @@ class Setup:
             model = auto.from_pretrained(self.model, revision=self.revision, **self.changes, **more)
         if model.dtype == torch.float16:  # cannot be trained without scaling the loss
             model = model.float()
+            if HALF not in self.data.notes:  # its config may not say so
+                self.data.notes.append(HALF)
         pad = getattr(self.processor, "pad_token_id", None)
         if self.task.reads == "text" and getattr(model.config, "pad_token_id", None) is None:
             model.config.pad_token_id = pad
@@ -125,12 +128,15 @@ class Setup:
 
     def inputs(self, model: nn.Module) -> dict[str, Any] | None:
         """Two rows for proofs where none can be made from the config; None where they can."""
-        try:
-            example_inputs(model)
-        except NoInputs:
-            batch = next(self.batches("train", 2))
-            return {name: value for name, value in batch.items() if name != "labels"}
-        return None
+        # the classifiers of encoder-decoders read at the end-of-text token, which made-up inputs need not have
+        if not getattr(model.config, "is_encoder_decoder", False):
+            try:
+                example_inputs(model)
+                return None
+            except NoInputs:
+                pass
+        batch = next(self.batches("train", 2))
+        return {name: value for name, value in batch.items() if name != "labels"}
 
     def timing_batch(self, size: int, length: int | None) -> dict[str, torch.Tensor]:
         """A batch for latency: measured rows, repeated where they are too few; texts padded or cut to `length` tokens."""
@@ -183,9 +189,8 @@ def _encoded(setup: Setup, *texts: Any, **more: Any) -> dict[str, torch.Tensor]:
 def _labels(setup: Setup, rows: Sequence[dict[str, Any]]) -> torch.Tensor:
     labels: Any = setup.labels
     column = setup.data.columns["label"]
-    if isinstance(column, list):
-        return torch.tensor([[float(row[name]) for name in column] for row in rows])
-    return torch.tensor([labels.encode(row[column]) for row in rows])
+    values = [[row[name] for name in column] if isinstance(column, list) else row[column] for row in rows]
+    return torch.tensor([labels.encode(value) for value in values])
 
 
 def _texts(setup: Setup, rows: Sequence[dict[str, Any]], folder: str) -> dict[str, torch.Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -176,3 +177,25 @@ def push_output(folder: str, repo_id: str) -> None:
     """Another trainer of what the folder holds."""
     found = T.BertForSequenceClassification.from_pretrained(folder)
     trainer(folder, kind=hc.CompressionTrainer, model=found, hub_model_id=repo_id).push_to_hub()
+
+
+class _Heard(logging.Handler):
+    """What is said to the user."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.said: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.said.append(record.getMessage())
+
+
+def push_and_listen(folder: str, repo_id: str, **options: Any) -> dict[str, Any]:
+    """`push_folder`, and the warnings of it."""
+    heard, logger = _Heard(), logging.getLogger("hf_compress")
+    logger.addHandler(heard)
+    try:
+        info = _push_folder(folder, repo_id, **options)
+    finally:
+        logger.removeHandler(heard)
+    return {"oid": info.oid, "pr": info.pr_url, "said": heard.said}
