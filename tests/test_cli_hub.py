@@ -93,6 +93,7 @@ def test_run_tells_where_it_published(hub, cli, tmp_path):
     said = cli("run", str(path), "--push-to-hub", "alice/run")["out"].splitlines()[-1]
     commit, _ = hub.store.commit(hub.store.repo("models", "alice/run", "alice"), "main")
     assert said == f"published: {hub.endpoint}/alice/run/commit/{commit}"
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["about"]["name"] == "run"
     path.write_text(yaml.dump({**recipe, "push": {"repo": "alice/run", "create_pr": True}}))
     found = json.loads(cli("run", str(path), "--json")["out"])
     assert found["about"]["published"] == {"repo": "alice/run", "url": f"{hub.endpoint}/alice/run/discussions/1"}

@@ -479,3 +479,24 @@ def test_where_it_was_pushed_is_in_the_report_that_is_returned(done, monkeypatch
     assert found.about["published"] == {"repo": "me/x", "url": "https://hub/me/x/commit/1"}
     assert sent == [(Path(recipe["output"]), "me/x", {})]
     assert Report.load(recipe["output"]) == report and "published" not in report.about
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "said"),
+    [
+        ("prune", {"heads": 0.5, "epochs": 1, "teacher": "previous"}, "prune, distilled"),
+        ("prune", {"heads": 0.5, "epochs": 1}, "prune"),
+        ("quantize", {"bits": 8}, "quantize"),
+        ("distill", {"layers": 1, "epochs": 1}, "distill"),
+    ],
+)
+def test_a_stage_that_had_a_teacher_says_so(name, options, said):
+    from hf_compress.recipe.results import stage_row
+    from hf_compress.recipe.steps import Step
+    from hf_compress.report import Cost, Latency
+    from hf_compress.words import techniques
+
+    cost = Cost(10, 5, 40, 7, Latency(0.5, 0.4, 0.6, 3))
+    row = stage_row({"name": f"02-{name}", "metrics": {"accuracy": 0.75}}, "accuracy", cost, Step(name, options))
+    assert row == {"name": said, "metric": 0.75, "latency": 0.5, "parameters": 10, "bytes": 40}
+    assert ("distilled" in techniques([], {"stages": [row]})) == ("distil" in said)

@@ -16,13 +16,13 @@ RECIPE_FILE = "recipe.yaml"
 
 
 def about(
-    recipe: Recipe, setup: Setup, output: Path, metric: str, stages: list[dict[str, Any]], against: str, notes: list[str]
+    recipe: Recipe, setup: Setup, name: str, metric: str, stages: list[dict[str, Any]], against: str, notes: list[str]
 ) -> dict[str, Any]:
     """`Report.about` of a recipe's result. Of a file or folder only the last part of its path is told.
 
     Args:
         recipe (`Recipe`), setup (`Setup`): what was run.
-        output (`Path`): the folder.
+        name (`str`): what the result is called.
         metric (`str`): the main one.
         stages (`list[dict]`): see `stage_row`.
         against (`str`): what the baseline is called.
@@ -31,17 +31,17 @@ def about(
     from ..card import base_facts
 
     data = recipe.data
-    name = data.path or getattr(data, setup.data.measured, None) or data.train
+    place = data.path or getattr(data, setup.data.measured, None) or data.train
     local = Path(setup.model).is_dir()
     return {
-        "name": output.resolve().name,
+        "name": name,
         "base_model": f"./{last_part(setup.model)}" if local else recipe.model,
         "base_revision": None if local else commit_of(setup.model, setup.revision),
         "base_card": base_facts(setup.model, revision=setup.revision) or None,
         "against": against,
         "task": recipe.task,
         "dataset": {
-            "name": f"./{last_part(name)}" if name and locate(name, recipe.source).exists() else name,
+            "name": f"./{last_part(place)}" if place and locate(place, recipe.source).exists() else place,
             "config": data.config,
             "split": setup.data.measured,
             "rows": len(setup.data.splits["measured"]),
@@ -88,10 +88,12 @@ def notes_on(setup: Setup, steps: Sequence[Step], base: int, teacher: str | None
     return list(dict.fromkeys(notes))
 
 
-def stage_row(known: Mapping[str, Any], metric: str, cost: Any) -> dict[str, Any]:
-    """A row of the card's table of stages: what a step left, and what that costs."""
+def stage_row(known: Mapping[str, Any], metric: str, cost: Any, step: Step | None = None) -> dict[str, Any]:
+    """A row of the card's table of stages: what a step left, and what that costs; a step that had a teacher says so."""
+    name = known["name"].partition("-")[2]
+    taught = step is not None and step.name != "distill" and step.trains and step.teacher is not None
     return {
-        "name": known["name"].partition("-")[2],
+        "name": f"{name}, distilled" if taught else name,
         "metric": known["metrics"][metric],
         "latency": cost.latency.median,
         "parameters": cost.parameters,

@@ -342,7 +342,7 @@ class Run:
         stages = []
         for i in range(base, last):
             model, one = (dense, before) if i == base else (self._load(i), known[i])
-            stages.append(stage_row(one, main, measure(model, batch, **repeats).model))
+            stages.append(stage_row(one, main, measure(model, batch, **repeats).model, self._step(i)))
         notes = notes_on(self.setup, self.steps, base, teacher and called)
         report = measure(
             self._load(last),
@@ -351,11 +351,18 @@ class Run:
             metrics=known[last]["metrics"],
             metrics_against=before["metrics"],
             batch_sizes=tuple(sizes),
-            about=about(self.recipe, self.setup, self.output, main, stages, called, notes),
+            about=about(self.recipe, self.setup, self._name(), main, stages, called, notes),
             **repeats,
         )
-        report.about["stages"].append(stage_row(known[last], main, report.model))
+        report.about["stages"].append(stage_row(known[last], main, report.model, self._step(last)))
         return report
+
+    def _step(self, i: int) -> Step | None:
+        return self.steps[i - 1] if i else None
+
+    def _name(self) -> str:
+        """What the result is called: as its repository, else as its folder."""
+        return self.push["repo"].rpartition("/")[2] if self.push else self.output.resolve().name
 
     def _known(self, i: int) -> dict[str, Any]:
         """What a step left of itself; its metrics are computed now where the recipe has come to ask for others."""
