@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from .report import Report
 from .words import one_line, stage_batch
 
 KEPT, STAGES = "kept.png", "stages.png"
+LEAST_SPAN = 0.05  # of the axis of a metric in [0, 1]
 FULL, LEFT = "#d9d9d9", "#2a6f97"  # told apart in print and by the colour-blind
 
 
@@ -143,9 +144,27 @@ def _stages(path: Path, points: list[tuple[str, float, float]], labels: list[str
         axis.annotate(one_line(name), (x, y), textcoords="offset points", xytext=(5, 5), fontsize=8, parse_math=False)
     axis.margins(x=0.25, y=0.15)
     axis.set_xlim(left=0)
+    axis.set_ylim(*metric_limits(metrics, axis.get_ylim()))
     for label, set_label in zip(labels, (axis.set_xlabel, axis.set_ylabel), strict=True):
         set_label(one_line(label), parse_math=False)  # a dollar sign in a name begins no formula
     figure.savefig(path, metadata={"Software": None})
+
+
+def metric_limits(metrics: Sequence[float], found: tuple[float, float]) -> tuple[float, float]:
+    """The limits of the metric's axis: of scores in [0, 1], five points at least, or noise would look like a cliff.
+
+    ```python
+    >>> from hf_compress.pictures import metric_limits
+    >>> [round(x, 3) for x in metric_limits([0.878, 0.882], (0.877, 0.883))], metric_limits([3.0, 20.0], (0.5, 22.0))
+    ([0.855, 0.905], (0.5, 22.0))
+
+    ```
+    """
+    low, high = found
+    if not all(0 <= metric <= 1 for metric in metrics) or high - low >= LEAST_SPAN:
+        return found
+    middle = (min(metrics) + max(metrics)) / 2
+    return middle - LEAST_SPAN / 2, middle + LEAST_SPAN / 2
 
 
 DRAW = {KEPT: _kept, STAGES: _stages}
