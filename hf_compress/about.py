@@ -47,6 +47,7 @@ ABOUT: dict[str, type | tuple[type, ...]] = {
     "recipe": (str, dict),
     "pictures": list,
     "blocks": dict,
+    "weights": str,
 }
 LARGEST = 10**24  # no count, size or time is larger
 DEEPEST = 40

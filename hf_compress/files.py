@@ -91,10 +91,10 @@ def _sweep(folder: Path) -> None:
 def _move_in(stage: Path, folder: Path, remove: set[str], kept: Path) -> None:
     """Rename the staged files into place; if one cannot be, put back those that were."""
     names = sorted(str(p.relative_to(stage)) for p in stage.rglob("*") if p.is_file())
-    done: list[str] = []
+    done: dict[str, bool] = {}  # whether there was a file before
     try:
         for name in [*names, *(remove - set(names))]:
-            done.append(name)
+            done[name] = (folder / name).exists()
             (kept / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             if (folder / name).exists():
@@ -102,8 +102,9 @@ def _move_in(stage: Path, folder: Path, remove: set[str], kept: Path) -> None:
             if name in names:
                 os.replace(stage / name, folder / name)
     except BaseException:
-        for name in done:
-            (folder / name).unlink(missing_ok=True)
+        for name, was_there in done.items():
             if (kept / name).exists():
                 os.replace(kept / name, folder / name)
+            elif not was_there:
+                (folder / name).unlink(missing_ok=True)
         raise

@@ -55,6 +55,7 @@ LEFT_OUT = re.compile(
     r"|training_args\.bin|README\.local(-\d+)?\.md|.*\.(tmp|part|pyc|log)"
 )
 STEPS = "steps"  # the models in between, of a recipe
+EVAL_FILE = ".eval_results/hf_compress.yaml"
 EVAL_RESULTS = ".eval_results"  # hidden, and read by the Hub
 # what transformers, sentence-transformers and the Hub know; the rest is named, since others will wonder too
 KNOWN_FOLDERS = re.compile(r"\d+_\w+|onnx|openvino|\.eval_results")
@@ -230,7 +231,11 @@ model.save_pretrained(folder).
     inherits = report is not None and "base_model" in report.about and "base_card" not in report.about
     if inherits or not (folder / CARD_FILE).is_file():  # the base model's card may have been out of reach
         recipe = folder / RECIPE_FILE
-        about = {"recipe": recipe.read_text(encoding="utf-8")} if recipe.is_file() else {}
+        about = (
+            {"recipe": recipe.read_text(encoding="utf-8")}
+            if recipe.is_file() and not (report and report.about.get("recipe"))
+            else {}
+        )
         write_card_(folder, plan_in(folder), report, about=about, repo_id=repo_id, token=token)
     step = "reach the Hub"
     try:
@@ -257,7 +262,7 @@ model.save_pretrained(folder).
             remote = remote_card(api, repo_id, there.sha)
         merge_card_(folder, remote, repo_id)
         files = _files(folder)
-        stale = [name for name in names if name not in files and (WEIGHTS.fullmatch(name) or name in OURS)]
+        stale = [name for name in names if name not in files and (WEIGHTS.fullmatch(name) or name in OURS or name == EVAL_FILE)]
         step = f"commit to {repo_id}"
         info = api.create_commit(
             repo_id,

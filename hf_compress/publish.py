@@ -103,9 +103,10 @@ def _facts_in(folder: Path) -> dict[str, Any]:
 def plan_in(folder: str | os.PathLike) -> Plan:
     """The plan of a saved model: what its config records, or the `compression_plan.json` beside it, or an empty one."""
     record = record_in(folder)
-    if record is not None:
-        return record.plan
-    return Plan.load(folder) if (Path(folder) / PLAN_FILE).is_file() else Plan()
+    whole = Plan.load(folder) if (Path(folder) / PLAN_FILE).is_file() else Plan()
+    if record is None or {repr(edit) for edit in record.plan} <= {repr(edit) for edit in whole}:
+        return whole  # a config records no KeepLayers, nor what plain numbers tell
+    return record.plan
 
 
 # --- the card --------------------------------------------------------------------------------------------------------
@@ -143,9 +144,13 @@ def write_card_(
     facts = {**_facts_in(folder), **(report.about if report else {}), **(about or {})}
     facts |= {"repo_id": repo_id} if repo_id else {}
     if facts.get("base_model") and "base_card" not in facts:
-        facts["base_card"] = base_facts(facts["base_model"], revision=facts.get("base_revision"), token=token) or None
+        local = facts["base_model"].startswith("./")  # a folder that was told so, wherever it lies
+        facts["base_card"] = (
+            None if local else base_facts(facts["base_model"], revision=facts.get("base_revision"), token=token) or None
+        )
     facts = {key: value for key, value in facts.items() if value is not None}
-    with staged(folder) as stage:
+    gone: list[str] = []
+    with staged(folder, remove=gone) as stage:
         facts["pictures"] = draw_(stage, plan, report)
         if report is not None:
             report = replace(report, about=facts)
@@ -156,6 +161,8 @@ def write_card_(
         local = _text_of(folder / CARD_FILE)
         text, _ = _merged(local, with_metadata(render_card(plan, report, about=facts), metadata or {}))
         text, lost = _merged(remote, text)
+        gone += [name for name in PICTURES if f"({name})" not in text]  # of an earlier card
+        gone += [name for name in (".eval_results/hf_compress.yaml",) if report is not None and (folder / name).is_file()]
         if lost:  # a Trainer publishes all of its folder but what begins so
             _put_aside(stage, folder, "_README.local", local, lost)
         _write_text(stage / CARD_FILE, text)

@@ -49,7 +49,7 @@ def techniques(edits: Iterable[Edit], about: Mapping[str, Any]) -> dict[str, str
     found = dict(words for kind, words in TECHNIQUES.items() if kind in kinds)
     recipe = about.get("recipe", "")
     names = [stage["name"] for stage in about.get("stages", ())]
-    if any("distil" in name.lower() for name in names) or (
+    if any(re.search(r"\bdistil(l|led|lation|ling)?\b", name.lower()) for name in names) or (
         STEP.search(recipe) if isinstance(recipe, str) else '"distill"' in json.dumps(recipe)
     ):
         cut = {k: v for k, v in found.items() if k == "pruned"}

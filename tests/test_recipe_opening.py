@@ -56,7 +56,7 @@ def test_a_float16_model_is_said_to_become_float32(tmp_path):
     assert notes(recipe, tmp_path) == []
     half = T.BertModel(T.BertConfig(**TEXT, pad_token_id=0)).half()
     recipe["model"] = save_model(tmp_path / "half", half, tokenizer())
-    assert notes(recipe, tmp_path) == ["The model given is in float16; it was trained, measured and saved in float32."]
+    assert notes(recipe, tmp_path) == ["The model given is in half precision; it was trained, measured and saved in float32."]
 
 
 @pytest.mark.parametrize("tuning", [{"max_drop": 0.1}, {"mean_depth": 1.5}, {"threshold": 0.9}, {"max_drop": None}])

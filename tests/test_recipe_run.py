@@ -475,6 +475,10 @@ def test_where_it_was_pushed_is_in_the_report_that_is_returned(done, monkeypatch
 
     monkeypatch.setattr("hf_compress.hub.push_folder", push)
     monkeypatch.setattr("huggingface_hub.get_token", lambda: "hf_some")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.HfApi.whoami", lambda self: {"name": "me", "orgs": [{"name": "us"}]})
+    with pytest.raises(RecipeError, match="'them/x' belongs to them, and this token to me"):
+        run_recipe(recipe, push_to_hub="them/x")
     found = run_recipe(recipe, push_to_hub="me/x")
     assert found.about["published"] == {"repo": "me/x", "url": "https://hub/me/x/commit/1"}
     assert sent == [(Path(recipe["output"]), "me/x", {})]

@@ -105,6 +105,9 @@ def _beside(kind: Any, config: Any, base_config: Any, given: str) -> Any:
     base = class_of(base_config)
     task, other = _task(kind), _task(base)
     place = "argument --against"
+    pretrained = other == "fill-mask" or base.__name__.endswith("ForPreTraining")  # as most bases are published
+    if pretrained and task != other and config.model_type == base_config.model_type:
+        return kind
     if task is not None and other is not None and task != other:
         raise Wrong(f"{place}: {given!r} is a {base.__name__} ({other}), and OUT a {kind.__name__} ({task}): another task.")
     if getattr(base, "main_input_name", "input_ids") != getattr(kind, "main_input_name", "input_ids"):
@@ -251,7 +254,13 @@ def _kept(earlier: Any, model: Any, against: Any, base: str | None, inputs: Any,
             f"argument --output: {os.fspath(target or '')!r} is the report of another model, of {said[0]}, and OUT has "
             f"{said[1]}. Give another name, or --overwrite."
         )
-    about = {key: value for key, value in earlier.about.items() if key != "blocks"}  # blocks are seen anew
+    told_then = earlier.about.get("weights")
+    if told_then is not None and told_then != now.about["weights"]:
+        raise Wrong(
+            f"argument --output: {os.fspath(target or '')!r} is the report of other weights than OUT's, of the same size. Give "
+            "another name, or --overwrite."
+        )
+    about = {k: v for k, v in earlier.about.items() if k not in ("blocks", "weights")}  # which are seen anew
     about = about if "base_model" in about else {**told, **about}  # an earlier one knows what the baseline was
     if against is None:
         return about, earlier.model.metrics, None

@@ -48,6 +48,8 @@ def check_output(output: str | None) -> None:
 
 def run_checked(recipe: Any, output: str | None, push_to_hub: str | None = None) -> tuple[str, dict[str, Any]]:
     """Run a recipe; what fails after it was found whole is a failure of the work."""
+    from safetensors import SafetensorError
+
     from ..edits import CompressionError
     from ..publish import PushError
     from ..recipe import RecipeError, run_recipe
@@ -60,6 +62,8 @@ def run_checked(recipe: Any, output: str | None, push_to_hub: str | None = None)
         raise Failed(str(error)) from error
     except KeyboardInterrupt as error:
         raise KeyboardInterrupt(AGAIN) from error
+    except SafetensorError as error:  # what it makes of a full disk
+        raise Failed(f"Weights could not be written: {error}. Free some space, or choose another output. {AGAIN}") from error
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         raise Failed(f"{where}{error.strerror or error}. {AGAIN}") from error

@@ -14,6 +14,7 @@ TASKS = {
     "ForImageClassification": "rows",
     "ForImageClassificationWithTeacher": "rows",
     "ForVideoClassification": "rows",
+    "ForAudioClassification": "rows",
     "ForMultipleChoice": "rows",
     "ForNextSentencePrediction": "rows",
     "ForTokenClassification": "tokens",  # (rows, tokens, classes)

@@ -9,6 +9,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import HfHubHTTPError
+
 from ..edits import CompressionError
 from .digests import OWN_TEACHERS
 from .folder import LOCK_FILE, RUN_FILE
@@ -114,6 +116,29 @@ def check_token(recipe: Recipe, push: Mapping[str, Any] | None) -> None:
     if push is not None and not huggingface_hub.get_token():
         raise recipe.source.error(
             ("push",), "there is no token for the Hub: `hf auth login` first, or set HF_TOKEN, or leave push out."
+        )
+    if push is None:
+        return
+    if huggingface_hub.constants.HF_HUB_OFFLINE:
+        raise recipe.source.error(
+            ("push",), "offline mode is on, so nothing can be pushed: unset HF_HUB_OFFLINE, or leave push out."
+        )
+    try:
+        me = huggingface_hub.HfApi().whoami()
+    except HfHubHTTPError as error:
+        if error.response.status_code == 401:
+            raise recipe.source.error(
+                ("push",), "the Hub does not know this token: `hf auth login` again, set another HF_TOKEN, or leave push out."
+            ) from error
+        return
+    except Exception:  # the way to the Hub may be open again when the training is done
+        return
+    owner = push["repo"].rpartition("/")[0]
+    mine = [me.get("name"), *(org.get("name") for org in me.get("orgs") or [])]
+    if owner and owner not in mine and not push.get("create_pr"):
+        raise recipe.source.error(
+            ("push",),
+            f"{push['repo']!r} belongs to {owner}, and this token to {mine[0]}: name one of yours, or set create_pr: true.",
         )
 
 

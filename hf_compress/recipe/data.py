@@ -77,6 +77,7 @@ class Data:
     digest: str
     notes: list[str] = field(default_factory=list)
     tuned: str = ""
+    every: Any = None  # all training rows, of which `train` may be some
 
     def name(self, split: str) -> str:
         """What people call the rows of one of `splits`."""
@@ -171,6 +172,7 @@ def _splits(data: Data, options: DataOptions, seed: int, tunes: bool, source: So
     def some(rows: Any, most: int | None) -> Any:
         return rows if most is None or len(rows) <= most else rows.shuffle(seed=seed).select(range(most))
 
+    every = found["train"]
     names = {"train": "train", "measured": measured, **({"validation": tuned} if tuned else {})}
     most = {"train": options.max_train_samples}
     splits = {split: some(found[name], most.get(split, options.max_eval_samples)) for split, name in names.items()}
@@ -178,7 +180,7 @@ def _splits(data: Data, options: DataOptions, seed: int, tunes: bool, source: So
     digest = data.digest
     if wanted:
         digest = hashlib.sha256(f"{digest} without {' '.join(wanted)}".encode()).hexdigest()
-    return Data(splits, data.columns, measured, places, digest, data.notes, tuned)
+    return Data(splits, data.columns, measured, places, digest, data.notes, tuned, every)
 
 
 def _files_named(
@@ -219,7 +221,7 @@ def _column(role: str, usual: tuple[str, ...], options: DataOptions, rows: Any, 
             raise source.error(
                 ("data",), f"which column holds the {role}? Say {role}: one of {', '.join(names)} (usual: {', '.join(usual)})."
             )
-        return None if optional else found
+        return None if optional and options.text is not None else found  # a pair by its usual names, or what was named
     for i, name in enumerate(_flat([given])):
         if name not in names:
             key = ("data", role, i) if isinstance(given, list) else ("data", role)

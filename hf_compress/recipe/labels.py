@@ -121,7 +121,24 @@ def _classes(data: Data, options: DataOptions, kind: str, leaf: Any, known: Sequ
         if least < 0 or most >= count:
             to = "" if names is None else f" to {count - 1}"
             raise source.error(key, f"the column {column!r} must hold classes from 0{to}, it holds {least} to {most}.")
+        if names is None and options.labels is None and len(known) <= most:
+            absent = sorted(set(range(most + 1)) - set(numbers))
+            if len(absent) > len(set(numbers)):
+                raise source.error(
+                    key,
+                    f"the column {column!r} holds {len(set(numbers))} classes numbered up to {most}; they are counted from 0 "
+                    "without gaps. Renumber them, or hold names instead of numbers.",
+                )
+            if absent:
+                some = ", ".join(map(str, absent[:8])) + (", ..." if len(absent) > 8 else "")
+                data.notes.append(f"Classes are counted from 0; of {some} there are no rows.")
         if names is None:
+            if len(known) > most + 1 and options.labels is None and not _unnamed(known):
+                raise source.error(
+                    key,
+                    f"the column {column!r} holds 0 to {most}, and the model's head has {len(known)} classes "
+                    f"({_numbered(known)}); say labels: what the numbers mean.",
+                )
             ours = known if len(known) > most else [str(i) for i in range(most + 1)]
             if options.labels is None and ours is known and not _unnamed(known):
                 data.notes.append(f"The labels are numbers, taken for the classes of the model's head: {_numbered(known)}.")
@@ -140,6 +157,7 @@ def _classes(data: Data, options: DataOptions, kind: str, leaf: Any, known: Sequ
             raise source.error(("data", "labels"), f"{len(names)} names for 2 classes (false, true).")
     else:
         ours = {word for split, part in values.items() if data.name(split).startswith("train") for word in part}  # held out too
+        ours |= set(map(_word, _each(data.every, column, several)))
         words = names = list(options.labels or sorted(ours))
         if len(names) > MOST_CLASSES:
             raise source.error(key, f"{len(names):,} different values in {column!r} are no classes.")

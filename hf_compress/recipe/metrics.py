@@ -233,7 +233,15 @@ def find_metric(name: str, kind: str, task: str, classes: int | None = None) -> 
         )
     if kind not in ("classes", "numbers"):
         raise CompressionError(f"Unknown metric {name!r}{nearest(name, fit)} For {task}: {', '.join(fit)}.")
-    return _evaluate(name, kind, fit)
+    metric = _evaluate(name, kind, fit)
+    some = np.arange(max(2, classes or 2)) if kind == "classes" else np.array([0.0, 0.5, 1.0])
+    try:
+        metric.compute(some, some)
+    except Exception as error:  # it may want probabilities, or an average=, which a recipe cannot say
+        raise CompressionError(
+            f"The metric {name!r} cannot be computed of {WORDS[kind]} ({error}). Built in: {', '.join(fit)}."
+        ) from error
+    return metric
 
 
 WORDS = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import re
 import sys
@@ -48,7 +49,7 @@ def open_recipe(recipe: Recipe) -> tuple[Setup, tuple[Metric, ...]]:
     assert name is not None and data is not None  # nothing was refused
     if task.reads == "audio":
         data = _undecoded(data)
-    if str(getattr(config, "dtype", None)).removeprefix("torch.") == "float16":
+    if str(getattr(config, "dtype", None)).removeprefix("torch.") in ("float16", "bfloat16"):
         data.notes.append(HALF)
     trained = _has_head(config, task)
     labels, kind, changes = None, "loss", {}
@@ -56,9 +57,14 @@ def open_recipe(recipe: Recipe) -> tuple[Setup, tuple[Metric, ...]]:
         known = _classes_of(config) if trained else []
         labels = find_labels(data, options, _wanted(recipe, task.wanted), known, source)
         kind = labels.kind
+        if kind == "numbers" and recipe.task != "sentence-similarity":  # a cosine is within 1, a regression need not be
+            labels = replace(labels, scale=1.0)
         if recipe.task != "sentence-similarity":
             changes, trained = _head(labels, config, trained)
-    pooling = pooling_of(name, recipe.revision) if recipe.task == "sentence-similarity" else "mean"
+    try:
+        pooling = pooling_of(name, recipe.revision) if recipe.task == "sentence-similarity" else "mean"
+    except CompressionError as error:
+        raise source.error(key, one_line(error)) from error
     setup = Setup(
         recipe.task, task, data, options, labels, processor, kind, name, recipe.revision, changes,
         bool(task.wanted) and not trained and recipe.task != "sentence-similarity", recipe.seed, pooling,
@@ -110,7 +116,7 @@ def _config(recipe: Recipe, key: Key) -> tuple[str, Any]:
             f"revision would do nothing here: it is of a model of the Hub, and {recipe.model!r} is a folder.",
         )
     try:
-        config = AutoConfig.from_pretrained(name, revision=recipe.revision)
+        config = AutoConfig.from_pretrained(name, revision=recipe.revision, trust_remote_code=False)
     except CompressionError as error:
         raise source.error(key, one_line(error)) from error
     except Exception as error:  # what a download, a parser or a config's own checks raise
@@ -160,6 +166,8 @@ def _rehearse(recipe: Recipe, setup: Setup) -> None:
             if step.trains and step.teacher is not None:
                 other = step.teacher not in ("finetuned", "previous")
                 teacher = load_teacher(step.teacher, setup, recipe, (*key, "teacher")) if other else None
+                if not other and not (i == 0 and setup.fresh):
+                    teacher = copy.deepcopy(before)
                 if teacher is not None:
                     check_teacher(step, model, teacher, setup)
                 elif before is first and model is first and i == 0 and setup.fresh:
@@ -179,7 +187,10 @@ def load_teacher(name: str, setup: Setup, recipe: Recipe, key: Key) -> Any:
     path = locate(name, recipe.source)
     auto: Any = getattr(transformers, setup.task.auto)
     try:
-        return auto.from_pretrained(path if path.is_dir() else name)
+        teacher = auto.from_pretrained(path if path.is_dir() else name, trust_remote_code=False).float()
+        if setup.task.reads == "text" and getattr(teacher.config, "pad_token_id", None) is None:
+            teacher.config.pad_token_id = getattr(setup.processor, "pad_token_id", None)
+        return teacher
     except Exception as error:
         raise recipe.source.error(key, f"cannot load the teacher {name!r}: {first_line(error)}") from error
 
@@ -212,7 +223,7 @@ def _processor(name: str, recipe: Recipe, reads: str, key: Key) -> Any:
 
     kind: Any = {"text": AutoTokenizer, "image": AutoImageProcessor, "audio": AutoFeatureExtractor}[reads]
     try:
-        found = kind.from_pretrained(name, revision=recipe.revision)
+        found = kind.from_pretrained(name, revision=recipe.revision, trust_remote_code=False)
     except Exception as error:
         what = {"text": "tokenizer", "image": "image processor", "audio": "feature extractor"}[reads]
         raise recipe.source.error(key, f"the model {recipe.model!r} has no {what} that loads: {first_line(error)}") from error
@@ -223,6 +234,8 @@ def _processor(name: str, recipe: Recipe, reads: str, key: Key) -> Any:
             raise recipe.source.error(
                 key, "its tokenizer has neither a padding nor an end-of-text token, so texts of several lengths make no batch."
             )
+        if recipe.task == "token-classification" and getattr(found, "add_prefix_space", None) is False:
+            found = kind.from_pretrained(name, revision=recipe.revision, add_prefix_space=True)  # words stand behind a space
         if recipe.task == "token-classification" and not found.is_fast:
             raise recipe.source.error(key, "token-classification needs a fast tokenizer, which knows where words begin.")
     return found
@@ -231,7 +244,8 @@ def _processor(name: str, recipe: Recipe, reads: str, key: Key) -> Any:
 def _length(recipe: Recipe, config: Any, processor: Any) -> int:
     """Tokens a text is cut to, all lengths of the recipe being within what the model reads."""
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    most = min(processor.model_max_length, getattr(text, "max_position_embeddings", None) or 10**9)
+    known = getattr(text, "max_position_embeddings", None)  # XLNet's is -1: no limit
+    most = min(processor.model_max_length, known if isinstance(known, int) and known > 0 else 10**9)
     if most < 10**9:
         most = min(most, _positions(config))
     asked: list[tuple[Key, Any]] = [(("data", "max_length"), recipe.data.max_length)]

@@ -381,7 +381,7 @@ class Run:
         return sum((Plan.from_dict(plan) for plan in plans), Plan())
 
     def _assemble(self, report: Report) -> None:
-        from ..publish import write_card_
+        from ..publish import CARD_FILE, PICTURES, write_card_
 
         last, plan = self.folders[-1], self.plan()
         old = files_of(self.known.get("files", []), self.output)
@@ -390,8 +390,12 @@ class Run:
             files = [str(path.relative_to(stage)) for path in stage.rglob("*") if path.is_file()]
             (stage / RECIPE_FILE).write_text(self.recipe.source.text, encoding="utf-8")
             (stage / PLAN_FILE).write_text(json.dumps(plan.to_dict(), indent=1) + "\n")
+            if (self.output / CARD_FILE).is_file():
+                shutil.copyfile(self.output / CARD_FILE, stage / CARD_FILE)
+            # with the weights: after a kill in between, old numbers would lie beside them
+            write_card_(stage, plan, report, repo_id=self.push.get("repo"))
+            old += [name for name in PICTURES if (self.output / name).is_file() and not (stage / name).is_file()]
         self._note(files=files)
-        write_card_(self.output, plan, report, repo_id=self.push.get("repo"))
 
     def _note(self, **facts: Any) -> None:
         """Into `steps/run.json`."""

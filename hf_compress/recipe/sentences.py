@@ -7,6 +7,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from ..edits import CompressionError
+
 FILES = (
     "modules.json",
     "config_sentence_transformers.json",
@@ -34,7 +36,17 @@ def pooling_of(model: str, revision: str | None) -> str:
     folder = sentence_folder(model, revision)
     found = sorted(folder.glob("*_Pooling/config.json")) if folder is not None else []
     options: dict[str, Any] = json.loads(found[0].read_text()) if found else {}
-    return "cls" if options.get("pooling_mode_cls_token") or options.get("pooling_mode") == "cls" else "mean"
+    modules = json.loads((folder / "modules.json").read_text()) if folder is not None else []
+    kinds = {module["type"].rpartition(".")[2] for module in modules} - {"Transformer", "Pooling", "Normalize"}
+    if kinds:
+        raise CompressionError(
+            f"Recipes train no {', '.join(sorted(kinds))} module of sentence-transformers, and this model has one."
+        )
+    on = {name for name, value in options.items() if name.startswith("pooling_mode_") and value is True}
+    mode = options.get("pooling_mode") or "+".join(sorted(on)) or "pooling_mode_mean_tokens"
+    if mode not in ("cls", "mean", "pooling_mode_cls_token", "pooling_mode_mean_tokens"):
+        raise CompressionError(f"Recipes pool by cls or mean, and this model by {mode}.")
+    return "cls" if "cls" in mode else "mean"
 
 
 def write_sentence_files(folder: Path, model: str, revision: str | None, pooling: str) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -350,6 +350,9 @@ def _exits(step: Step, model: Any, stage: Stage) -> tuple[Any, Plan]:
             return sign * metric(logits.argmax(-1).numpy(), labels.numpy())
 
         tune_exits_(model, list(setup.batches("validation")), **bounds, metric=score)
+        found: Any = exit_options(model)
+        logger.info(f"{step.name}: rows leave by {found['criterion']} at the threshold {found['threshold']:.4g}.")
+        return model, Plan([replace(_edit_exits(step), threshold=found["threshold"])])
     return model, Plan([_edit_exits(step)])
 
 
@@ -399,5 +402,13 @@ STEPS: dict[str, StepKind] = {
 
 def check_teacher(step: Step, student: Any, teacher: Any, setup: Setup) -> None:
     """Refuse a teacher that this student cannot learn from."""
-    if setup.name != "sentence-similarity":
+    if setup.name == "sentence-similarity":
+        for what in ("hidden_size", "vocab_size"):
+            mine, theirs = (getattr(model.config, what, None) for model in (student, teacher))
+            if mine != theirs:
+                raise CompressionError(f"The teacher has a {what} of {theirs} and the student one of {mine}.")
+        late = [w for w in distillation_words() if w in step.options and w not in ("alpha_task", "alpha_kd")]
+        if late:
+            raise CompressionError(f"{late[0]} would do nothing in {setup.name}: leave it out.")
+    else:
         check_pair(student, [teacher], arguments_for(step.training, "unused", 0, True))  # type: ignore[arg-type]

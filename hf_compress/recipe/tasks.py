@@ -7,7 +7,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 TEXT = ("text", "sentence", "sentence1", "content", "review", "premise", "question1")
 PAIR = ("text_pair", "sentence2", "hypothesis", "question2")
 LABEL = ("label", "labels", "target", "class")
-HALF = "The model given is in float16; it was trained, measured and saved in float32."
+HALF = "The model given is in half precision; it was trained, measured and saved in float32."
 
 
 @dataclass(frozen=True)
@@ -97,8 +97,8 @@ class Setup:
         transformers.set_seed(self.seed)  # a new head begins the same whenever it is made
         more = {"ignore_mismatched_sizes": True} if self.fresh else {}
         with quiet(self.fresh):  # a report of what is missing: the head, which is to be
-            model = auto.from_pretrained(self.model, revision=self.revision, **self.changes, **more)
-        if model.dtype == torch.float16:  # cannot be trained without scaling the loss
+            model = auto.from_pretrained(self.model, revision=self.revision, trust_remote_code=False, **self.changes, **more)
+        if model.dtype in (torch.float16, torch.bfloat16):  # cannot be trained without scaling the loss
             model = model.float()
             if HALF not in self.data.notes:  # its config may not say so
                 self.data.notes.append(HALF)
@@ -140,7 +140,12 @@ class Setup:
 
     def timing_batch(self, size: int, length: int | None) -> dict[str, torch.Tensor]:
         """A batch for latency: measured rows, repeated where they are too few; texts padded or cut to `length` tokens."""
-        rows, collate = self.rows("measured"), self.collator("measured")
+        setup = self
+        if (
+            self.task.reads == "text" and self.kind != "loss" and length is not None
+        ):  # cut by the tokenizer, which keeps the ends
+            setup = replace(self, options=replace(self.options, max_length=min(length, self.options.max_length or length)))
+        rows, collate = self.rows("measured"), setup.collator("measured")
         batch = collate([rows[i % len(rows)] for i in range(size)])
         batch.pop("labels", None)
         if self.name == "sentence-similarity":

@@ -187,7 +187,8 @@ def _steps(config: Any, task: str, longest: int | None) -> list[str]:
             steps.append(f"  # - exits: {{after: [{half // 2 - 1}], epochs: 1, max_drop: 0.01}}")
     if not cut and task == "image-classification":
         steps.append("  # - depthwise: {epochs: 1}       # convolutions become depthwise separable")
-    steps.append("  - quantize: {bits: 8}            # 8, 4, 3 or 2; last, since nothing can be trained after it")
+    if structure is None or cut or structure.embeddings:
+        steps.append("  - quantize: {bits: 8}            # 8, 4, 3 or 2; last, since nothing can be trained after it")
     length = f", length: {min(64, longest)}" if longest else ""
     steps.append(f"  - measure: {{batch_sizes: [1, 32]{length}}}")
     return steps
