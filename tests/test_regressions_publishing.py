@@ -22,7 +22,7 @@ from hf_compress.recipe.labels import find_labels
 from hf_compress.recipe.reading import Source
 from hf_compress.recipe.sentences import pooling_of
 from hf_compress.recipe.tasks import TASKS
-from tests.recipe_models import text_classification
+from tests.recipe_models import TEXT, text_classification, tokenizer
 from tests.zoo import build
 
 SOURCE = Source("r.yaml", "")
@@ -166,3 +166,26 @@ def test_a_language_model_is_a_baseline_for_its_classifier(tmp_path, capsys):
     data = json.loads(capsys.readouterr().out)
     assert data["model"]["parameters"] == data["against"]["parameters"]  # both with the classifier's head
     assert main(["measure", str(tmp_path / "classifier"), "--against", str(tmp_path / "tagger"), *quick]) == 2
+
+
+def test_a_recipe_for_another_model_does_not_take_a_finished_run(tmp_path):
+    end = {"measure": {"batch_sizes": [1], "repeats": 1, "warmup": 0, "length": 8}}
+    recipe = {**text_classification(tmp_path), "output": str(tmp_path / "out"), "steps": [{"finetune": {"max_steps": 2}}, end]}
+    report = run_recipe(recipe)
+    T.BertModel(T.BertConfig(**TEXT, pad_token_id=0)).save_pretrained(tmp_path / "second")
+    tokenizer().save_pretrained(tmp_path / "second")
+    with pytest.raises(RecipeError, match="holds a run of another recipe .model .*bert"):
+        run_recipe({**recipe, "model": str(tmp_path / "second")})
+    assert hc.Report.load(tmp_path / "out") == report
+
+
+def test_a_report_is_renewed_under_its_own_conditions(tmp_path):
+    from hf_compress.cli import main
+
+    model, batch = build("bert")
+    model.save_pretrained(tmp_path)
+    short = {name: value[:1, :6] for name, value in batch.items()}
+    hc.measure(model, short, batch_sizes=(1, 3), repeats=1).save(tmp_path)
+    assert main(["measure", str(tmp_path), "--repeats", "1", "--warmup", "0", "-o", str(tmp_path)]) == 0
+    report = hc.Report.load(tmp_path)
+    assert [(timing.batch, timing.length) for timing in report.timings] == [(1, 6), (3, 6)]

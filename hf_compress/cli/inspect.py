@@ -190,6 +190,8 @@ def _exits(model: Any, structure: Any) -> str | None:
         if not type(model).__name__.endswith(("ForSequenceClassification", "ForImageClassification")):
             return "no: only classifiers of texts and images have exits"
     except CompressionError as error:
+        if "classification are offered" in str(error):
+            return "no: only classifiers of texts and images have exits"
         return f"no: {str(error).split('; ')[-1].partition('. ')[0].rstrip('.')}"
     return "after layer 0" + (f" to {depth - 2}" if depth > 2 else "")
 

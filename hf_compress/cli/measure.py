@@ -34,8 +34,10 @@ def add(commands: Any) -> None:
     )
     parser.add_argument("model", metavar="OUT", help="the model: a folder, or a Hub id")
     parser.add_argument("--against", metavar="BASE", help="the model to compare with: a folder, or a Hub id")
-    parser.add_argument("--batch-sizes", metavar="ROWS", type=whole(1), nargs="+", default=[1, 32], help="default: 1 32")
-    parser.add_argument("--length", metavar="TOKENS", type=whole(1), help="tokens of every text; default: 64")
+    parser.add_argument(
+        "--batch-sizes", metavar="ROWS", type=whole(1), nargs="+", help="default: those of the report in FILE, or 1 32"
+    )
+    parser.add_argument("--length", metavar="TOKENS", type=whole(1), help="tokens of every text; default: as in FILE, or 64")
     parser.add_argument("--repeats", metavar="N", type=whole(1), default=20, help="timed passes; default: 20")
     parser.add_argument("--warmup", metavar="N", type=whole(0), default=3, help="passes before them; default: 3")
     parser.add_argument("--threads", metavar="N", type=whole(1), help="of the CPU; default: what torch takes")
@@ -63,7 +65,8 @@ def run(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     base_config = None if base is None else config_of(base, "argument --against")
     kind = class_of(config)
     base_kind = None if base is None else _beside(kind, config, base_config, base)
-    _check_length(args.length, config, base_config)
+    sizes, length = _conditions(args, earlier)
+    _check_length(length, config, base_config)
     check_weights(name, "OUT")
     if base is not None:
         check_weights(base, "argument --against")
@@ -71,7 +74,7 @@ def run(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     model = load(name, "OUT", kind, dtype)
     dtype = model.dtype if args.dtype is None and model.dtype.is_floating_point else dtype
     against = None if base is None else load(base, "argument --against", base_kind, dtype)
-    inputs = _inputs(model, max(args.batch_sizes), args.length)
+    inputs = _inputs(model, max(sizes), length)
     threads = torch.get_num_threads()
     about, metrics, before = _kept(earlier, model, against, base, inputs, target)
     try:
@@ -84,7 +87,7 @@ def run(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
             metrics_against=before,
             repeats=args.repeats,
             warmup=args.warmup,
-            batch_sizes=list(dict.fromkeys(args.batch_sizes)),
+            batch_sizes=list(dict.fromkeys(sizes)),
             about=about,
         )
     finally:
@@ -94,6 +97,13 @@ def run(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     if target is not None:
         report = _save(report, earlier, name, target)
     return str(report), report.to_dict()
+
+
+def _conditions(args: argparse.Namespace, earlier: Any) -> tuple[list[int], int | None]:
+    """Batch sizes and length: what was asked for, else those of the report that is renewed."""
+    sizes = args.batch_sizes or (earlier and [timing.batch for timing in earlier.timings]) or [1, 32]
+    shape = earlier.conditions.get("shapes", {}).get("input_ids") if earlier else None
+    return sizes, args.length or (shape[1] if isinstance(shape, list) and len(shape) == 2 else None)
 
 
 def _beside(kind: Any, config: Any, base_config: Any, given: str) -> Any:

@@ -247,7 +247,7 @@ def _length(recipe: Recipe, config: Any, processor: Any) -> int:
     known = getattr(text, "max_position_embeddings", None)  # XLNet's is -1: no limit
     most = min(processor.model_max_length, known if isinstance(known, int) and known > 0 else 10**9)
     if most < 10**9:
-        most = min(most, _positions(config))
+        most = min(most, positions(config))
     asked: list[tuple[Key, Any]] = [(("data", "max_length"), recipe.data.max_length)]
     asked += [(("steps", i, step.name, "length"), step.options.get("length")) for i, step in enumerate(recipe.steps)]
     for key, length in asked:
@@ -256,7 +256,7 @@ def _length(recipe: Recipe, config: Any, processor: Any) -> int:
     return recipe.data.max_length or min(128, most)
 
 
-def _positions(config: Any) -> int:
+def positions(config: Any) -> int:
     """Tokens that tables of positions have rows for. RoBERTa and its like begin at the row after the padding's."""
     from transformers import AutoModel
 

@@ -18,7 +18,7 @@ from ..files import staged
 from ..measure import measure
 from ..plan import PLAN_FILE, Plan
 from ..report import REPORT_FILE, Report
-from .checks import check_output, check_push_options, check_token, check_trainings, try_output
+from .checks import check_output, check_owner, check_push_options, check_token, check_trainings, try_output
 from .digests import FORMAT, OWN_TEACHERS, digests
 from .finite import NotFinite, finite_outputs
 from .folder import (
@@ -131,6 +131,7 @@ writes one.
         setup, metrics = open_recipe(found)
         check_trainings(found, setup)
         run = Run(found, setup, metrics, push)
+        check_owner(found, run.known)
         if run.known.get("rehearsed") != run.digests[-1]:
             try_output(found)
             rehearse(found, setup)
@@ -184,7 +185,7 @@ class Run:
         return None
 
     def _work(self, whole: str) -> Report:
-        self._note(rehearsed=self.digests[-1])
+        self._note(rehearsed=self.digests[-1], model=self.recipe.model, task=self.recipe.task)
         for note in self.setup.data.notes:
             logger.warning(note)
         for i in range(self._first_to_run(), len(self.folders)):

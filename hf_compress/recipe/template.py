@@ -14,7 +14,7 @@ from ..edits import CompressionError, Quantize
 from ..exits.options import resolve_exits
 from ..probe import NoInputs
 from ..publish import plan_of_config
-from .opening import _is_encoder, first_line
+from .opening import _is_encoder, first_line, positions
 from .tasks import TASKS
 
 DATA = {
@@ -71,7 +71,7 @@ def recipe_template(model: str | os.PathLike, task: str | None = None) -> str:
     if task is not None and task not in TASKS:
         raise CompressionError(f"Unknown task {task!r}{nearest(task, list(TASKS))} Tasks: {', '.join(TASKS)}.")
     try:
-        config = AutoConfig.from_pretrained(name)
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # what a download or a parser raises
         raise CompressionError(f"Cannot load the model {name!r}: {first_line(error)}") from error
     if any(isinstance(edit, Quantize) for edit in plan_of_config(config) or ()):
@@ -159,7 +159,7 @@ def _longest(name: str, config: Any) -> int:
 
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     known = getattr(text, "max_position_embeddings", None)
-    most = [128, known - 2 if isinstance(known, int) else None]  # RoBERTa and its kin begin to count at 2
+    most = [128, known, positions(config)]
     most.append(get_tokenizer_config(name).get("model_max_length"))
     return min(int(n) for n in most if isinstance(n, int | float) and n >= 2)
 
