@@ -45,7 +45,7 @@ from .publishable import (
     check_report,
     named,
 )
-from .report import REPORT_FILE, Report
+from .report import EVAL_FILE, REPORT_FILE, Report
 
 logger = logging.get_logger(__name__)
 
@@ -55,7 +55,6 @@ LEFT_OUT = re.compile(
     r"|training_args\.bin|README\.local(-\d+)?\.md|.*\.(tmp|part|pyc|log)"
 )
 STEPS = "steps"  # the models in between, of a recipe
-EVAL_FILE = ".eval_results/hf_compress.yaml"
 EVAL_RESULTS = ".eval_results"  # hidden, and read by the Hub
 # what transformers, sentence-transformers and the Hub know; the rest is named, since others will wonder too
 KNOWN_FOLDERS = re.compile(r"\d+_\w+|onnx|openvino|\.eval_results")

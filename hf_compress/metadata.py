@@ -14,7 +14,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from .about import is_repo_id
 from .edits import CompressionError, Quantize
 from .plan import Plan
-from .report import Cost, Report
+from .report import EVAL_FILE, Cost, Report
 from .sections import split_card
 from .words import and_list, one_line, techniques
 from .yaml12 import dump
@@ -101,7 +101,7 @@ def eval_results(report: Report) -> dict[str, str]:
     known = {"id": dataset["name"], "task_id": dataset["task_id"]}
     revision = {"revision": dataset["revision"]} if dataset.get("revision") else {}
     entry = {"dataset": {**known, **revision}, "value": value}
-    return {".eval_results/hf_compress.yaml": dump([entry])}
+    return {EVAL_FILE: dump([entry])}
 
 
 def metadata_of(plan: Plan, report: Report | None, facts: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import AutoModel, PreTrainedModel
 
 from .edits import CompressionError
 
@@ -17,8 +17,43 @@ from .edits import CompressionError
 NOT_COMPARED = ("attentions", "past_key_values", "loss", "cross_attentions", "hidden_states")
 
 
+NO_LIMIT = 10**9
+
+
 class NoInputs(CompressionError):
     """The proof has no inputs that this model runs on."""
+
+
+def longest_text(config: Any) -> int:
+    """Tokens that a model reads at most; `NO_LIMIT` where its config names none.
+
+    RoBERTa and its like count positions from the row after the padding's, so that tables have rows which no text reaches:
+    that is seen in the tables themselves, of a model without weights.
+
+    Example:
+
+    ```python
+    >>> from transformers import BertConfig, RobertaConfig, XLNetConfig
+    >>> from hf_compress.probe import NO_LIMIT, longest_text
+    >>> longest_text(BertConfig()), longest_text(RobertaConfig(max_position_embeddings=514))
+    (512, 512)
+    >>> longest_text(XLNetConfig()) == NO_LIMIT
+    True
+
+    ```
+    """
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    known = getattr(text, "max_position_embeddings", None)
+    if not isinstance(known, int) or known <= 0:  # XLNet's is -1
+        return NO_LIMIT
+    try:
+        with torch.device("meta"):
+            model = AutoModel.from_config(config)
+    except Exception:  # not every model is made on the meta device, or from its config: then its tables are not seen
+        return known
+    tables = [m for name, m in model.named_modules() if isinstance(m, nn.Embedding) and "position" in name.rpartition(".")[2]]
+    rows = [table.num_embeddings - table.padding_idx - 1 for table in tables if table.padding_idx is not None]
+    return min([known, *rows])
 
 
 def example_inputs(model: nn.Module, rows: int = 2, length: int = 12) -> dict[str, torch.Tensor]:

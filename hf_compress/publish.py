@@ -30,7 +30,7 @@ from .files import staged
 from .loader import METHOD, HfCompressConfig
 from .plan import PLAN_FILE, Plan
 from .probe import owners_in
-from .report import REPORT_FILE, Report
+from .report import EVAL_FILE, REPORT_FILE, Report
 from .sections import kept_by_hand, merge_card, readdressed, with_metadata
 
 logger = logging.get_logger(__name__)
@@ -162,7 +162,7 @@ def write_card_(
         text, _ = _merged(local, with_metadata(render_card(plan, report, about=facts), metadata or {}))
         text, lost = _merged(remote, text)
         gone += [name for name in PICTURES if f"({name})" not in text]  # of an earlier card
-        gone += [name for name in (".eval_results/hf_compress.yaml",) if report is not None and (folder / name).is_file()]
+        gone += [EVAL_FILE] if report is not None and (folder / EVAL_FILE).is_file() else []
         if lost:  # a Trainer publishes all of its folder but what begins so
             _put_aside(stage, folder, "_README.local", local, lost)
         _write_text(stage / CARD_FILE, text)

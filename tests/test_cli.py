@@ -165,7 +165,7 @@ def test_measure_is_the_report_of_both(capsys, tmp_path):
     assert found["conditions"]["shapes"] == {"input_ids": [3, 9]} and found["conditions"]["threads"] == 2
     assert Report.load(tmp_path / "r.json").to_dict() == found
     text, _ = run(capsys, "measure cut --batch-sizes 2 --repeats 1 --warmup 0")
-    assert text.splitlines()[1].split() == ["parameters", f"{counts[0]:,}"] and "input_ids 2x38" in text
+    assert text.splitlines()[1].split() == ["parameters", f"{counts[0]:,}"] and "input_ids 2x40" in text
 
 
 def test_measure_in_another_dtype(capsys):

@@ -139,12 +139,11 @@ def _task(kind: Any) -> str | None:
 
 
 def _check_length(length: int | None, *configs: Any) -> None:
+    from ..probe import longest_text
+
     for config in configs:
-        text = config.get_text_config() if hasattr(config, "get_text_config") else config
-        most = getattr(text, "max_position_embeddings", None)
-        offset = 2 if getattr(text, "model_type", "") in ("roberta", "xlm-roberta", "camembert", "mpnet") else 0
-        if length is not None and isinstance(most, int) and length > most - offset > 0:
-            raise Wrong(f"argument --length: {length} tokens are more than {config.model_type} reads, {most - offset}.")
+        if length is not None and config is not None and length > (most := longest_text(config)):
+            raise Wrong(f"argument --length: {length} tokens are more than {config.model_type} reads, {most}.")
 
 
 def _check_output(output: str | None) -> None:
@@ -163,19 +162,16 @@ def _inputs(model: Any, rows: int, length: int | None) -> dict[str, Any]:
     """So many rows of random inputs; texts of so many tokens, or as long as the model reads."""
     import torch
 
-    from ..probe import example_inputs
+    from ..probe import example_inputs, longest_text
 
     one = example_inputs(model, 1)
     if "input_ids" not in one:
         if length is not None:
             raise Wrong(f"argument --length: {type(model).__name__} reads no texts, but {', '.join(one)}.")
     else:
-        text = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
-        most = getattr(text, "max_position_embeddings", None)
-        longest = most - 2 if isinstance(most, int) and most > 4 else 64
         ids = one["input_ids"]
         draw = torch.Generator().manual_seed(0)
-        shape = (1, length or min(64, longest))
+        shape = (1, length or min(64, longest_text(model.config)))
         one["input_ids"] = torch.randint(int(ids.min()), int(ids.max()) + 1, shape, generator=draw)
     return {name: value.repeat(rows, *[1] * (value.ndim - 1)) for name, value in one.items()}
 

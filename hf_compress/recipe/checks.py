@@ -110,17 +110,17 @@ def check_push_options(recipe: Recipe, push: Mapping[str, Any] | None) -> None:
         raise recipe.source.error(guess(("push",), push, str(error)), one_line(error)) from None
 
 
-def check_owner(recipe: Recipe, known: Mapping[str, Any]) -> None:
+def check_owner(recipe: Recipe, mine: Mapping[str, str], known: Mapping[str, Any]) -> None:
     """Refuse the folder of a recipe for another model or task: what that one made would go.
 
     Args:
         recipe (`Recipe`): with its output.
+        mine (`dict`): what it notes of itself.
         known (`dict`): what the run that is there noted of itself, if there is one.
 
     Raises:
         RecipeError: with the line of `output`.
     """
-    mine = {"model": recipe.model, "task": recipe.task}
     other = [f"{name} {known[name]}" for name in mine if known.get(name, mine[name]) != mine[name]]
     if other:
         raise recipe.source.error(

@@ -64,7 +64,8 @@ def find_labels(data: Data, options: DataOptions, wanted: str, known: Sequence[s
     Args:
         data (`Data`): opened.
         options (`DataOptions`): its `labels` name the classes.
-        wanted (`str`): `"numbers"`, `"tags"`, or `"any"` (classes, several labels a row, numbers).
+        wanted (`str`): `"numbers"`, `"scores"` (numbers that a cosine is to meet), `"tags"`, or `"any"` (classes, several
+            labels a row, numbers).
         known (`Sequence[str]`): names of the model's own trained head, in its order, which is kept if they are the data's.
         source (`Source`): for lines.
 
@@ -83,7 +84,7 @@ def find_labels(data: Data, options: DataOptions, wanted: str, known: Sequence[s
     dtype = getattr(leaf, "dtype", "")
     if isinstance(leaf, dict) or hasattr(leaf, "feature"):
         raise source.error(key, f"the column {column!r} must hold labels or lists of labels, it holds {kind}.")
-    if wanted == "numbers" or (wanted == "any" and not several and dtype.startswith(("float", "double"))):
+    if wanted in ("numbers", "scores") or (wanted == "any" and not several and dtype.startswith(("float", "double"))):
         if several or not dtype.startswith(("int", "float", "uint", "double")):
             raise source.error(key, f"the column {column!r} must hold numbers, it holds {dtype or type(kind).__name__}.")
         _refuse_names(options, f"the column {column!r} holds numbers, not classes", source)
@@ -91,7 +92,7 @@ def find_labels(data: Data, options: DataOptions, wanted: str, known: Sequence[s
         if len(every) < 2:
             raise source.error(key, f"the training rows all have {every[0]} in {column!r}; there is nothing to learn.")
         most = max(abs(float(v)) for v in every)
-        return Labels("numbers", scale=most if most > 1 and wanted == "numbers" else 1.0)
+        return Labels("numbers", scale=most if most > 1 and wanted == "scores" else 1.0)
     if (wanted == "tags") != several and wanted == "tags":
         raise source.error(key, f"the column {column!r} must hold a list of tags for every row, it holds {dtype}.")
     if several and wanted == "any" and getattr(leaf, "names", None) is None:

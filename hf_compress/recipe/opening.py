@@ -11,12 +11,11 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-import torch
-from torch import nn
-
 from ..edits import CompressionError, Quantize
+from ..probe import longest_text
 from ..publish import plan_of_config
 from .data import open_data
+from .digests import OWN_TEACHERS
 from .labels import find_labels
 from .metrics import DEFAULTS, Metric, find_metric
 from .reading import Key, RecipeError, noting, refuse
@@ -57,8 +56,6 @@ def open_recipe(recipe: Recipe) -> tuple[Setup, tuple[Metric, ...]]:
         known = _classes_of(config) if trained else []
         labels = find_labels(data, options, _wanted(recipe, task.wanted), known, source)
         kind = labels.kind
-        if kind == "numbers" and recipe.task != "sentence-similarity":  # a cosine is within 1, a regression need not be
-            labels = replace(labels, scale=1.0)
         if recipe.task != "sentence-similarity":
             changes, trained = _head(labels, config, trained)
     try:
@@ -156,7 +153,6 @@ def _rehearse(recipe: Recipe, setup: Setup) -> None:
         model = setup.load()
     except Exception as error:
         raise source.error(("model",), f"cannot load the model {recipe.model!r}: {first_line(error)}") from error
-    first = model
     for i, step in enumerate(recipe.steps):
         key: Key = ("steps", i, step.name)
         try:
@@ -164,14 +160,10 @@ def _rehearse(recipe: Recipe, setup: Setup) -> None:
             if step.name == "distill" and "layers" in step.options:
                 model = STEPS[step.name].rehearse(step, model, setup)
             if step.trains and step.teacher is not None:
-                other = step.teacher not in ("finetuned", "previous")
-                teacher = load_teacher(step.teacher, setup, recipe, (*key, "teacher")) if other else None
-                if not other and not (i == 0 and setup.fresh):
-                    teacher = copy.deepcopy(before)
-                if teacher is not None:
-                    check_teacher(step, model, teacher, setup)
-                elif before is first and model is first and i == 0 and setup.fresh:
-                    raise CompressionError("teacher: the model itself, whose head is new and knows nothing; finetune first.")
+                own = step.teacher in OWN_TEACHERS
+                place: Key = (*key, "teacher")
+                teacher = copy.deepcopy(before) if own else load_teacher(step.teacher, setup, recipe, place)
+                check_teacher(step, model, teacher, setup)
             if not (step.name == "distill" and "layers" in step.options):
                 model = STEPS[step.name].rehearse(step, model, setup)
         except CompressionError as error:
@@ -243,31 +235,14 @@ def _processor(name: str, recipe: Recipe, reads: str, key: Key) -> Any:
 
 def _length(recipe: Recipe, config: Any, processor: Any) -> int:
     """Tokens a text is cut to, all lengths of the recipe being within what the model reads."""
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    known = getattr(text, "max_position_embeddings", None)  # XLNet's is -1: no limit
-    most = min(processor.model_max_length, known if isinstance(known, int) and known > 0 else 10**9)
-    if most < 10**9:
-        most = min(most, positions(config))
+    with quiet():
+        most = min(processor.model_max_length, longest_text(config))
     asked: list[tuple[Key, Any]] = [(("data", "max_length"), recipe.data.max_length)]
     asked += [(("steps", i, step.name, "length"), step.options.get("length")) for i, step in enumerate(recipe.steps)]
     for key, length in asked:
         if length is not None and length > most:
             raise recipe.source.error(key, f"{key[-1]} is {length}, and this model reads at most {most} tokens.")
     return recipe.data.max_length or min(128, most)
-
-
-def positions(config: Any) -> int:
-    """Tokens that tables of positions have rows for. RoBERTa and its like begin at the row after the padding's."""
-    from transformers import AutoModel
-
-    try:
-        with torch.device("meta"), quiet():
-            model = AutoModel.from_config(config)
-    except Exception:  # not every model is made on the meta device, or from its config: then there is nothing to look at
-        return 10**9
-    tables = [m for name, m in model.named_modules() if isinstance(m, nn.Embedding) and "position" in name.rpartition(".")[2]]
-    rows = [table.num_embeddings - table.padding_idx - 1 for table in tables if table.padding_idx is not None]
-    return min(rows, default=10**9)
 
 
 def _undecoded(data: Any) -> Any:

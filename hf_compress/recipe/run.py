@@ -131,7 +131,7 @@ writes one.
         setup, metrics = open_recipe(found)
         check_trainings(found, setup)
         run = Run(found, setup, metrics, push)
-        check_owner(found, run.known)
+        check_owner(found, run.owner, run.known)
         if run.known.get("rehearsed") != run.digests[-1]:
             try_output(found)
             rehearse(found, setup)
@@ -159,6 +159,7 @@ class Run:
             self.output / "steps" / f"{i:02d}-{step.name}" for i, step in enumerate(self.steps, 1)
         ]
         self.known = read_json(self.output / "steps" / RUN_FILE)
+        self.owner = {"model": last_part(setup.model), "task": recipe.task}  # by whichever path, here or elsewhere
 
     def finish(self) -> Report:
         """Run the steps that are not done, measure, and put the folder together."""
@@ -185,7 +186,7 @@ class Run:
         return None
 
     def _work(self, whole: str) -> Report:
-        self._note(rehearsed=self.digests[-1], model=self.recipe.model, task=self.recipe.task)
+        self._note(rehearsed=self.digests[-1], **self.owner)
         for note in self.setup.data.notes:
             logger.warning(note)
         for i in range(self._first_to_run(), len(self.folders)):

@@ -191,9 +191,9 @@ def _check_reads(data: Mapping[str, Any], name: str, source: Source, mistakes: l
             why = f"{name} does not read it; its columns are {', '.join(columns)}."
         elif word in cuts and task.reads != cuts[word]:
             why = f"it cuts {many[cuts[word]]}, and {name} reads {many[task.reads]}."
-        elif word == "labels" and task.wanted in ("", "numbers"):
+        elif word == "labels" and task.wanted in ("", "scores"):
             why = f"{name} has no classes that could be named."
-        elif word == "label" and isinstance(data[word], list) and task.wanted in ("tags", "numbers"):
+        elif word == "label" and isinstance(data[word], list) and task.wanted in ("tags", "scores"):
             mistakes.append(source.error(("data", word), f"label is one column in {name}, got {shown(data[word])}."))
             continue
         else:

@@ -293,7 +293,7 @@ TASKS: dict[str, Task] = {
         "AutoModel",
         ("Model",),
         {"text": TEXT, "text_pair": PAIR, "label": ("score", "similarity", *LABEL)},
-        "numbers",
+        "scores",
         "text",
         _pairs,
     ),

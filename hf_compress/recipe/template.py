@@ -12,9 +12,9 @@ import yaml
 from ..discover import discover, nearest
 from ..edits import CompressionError, Quantize
 from ..exits.options import resolve_exits
-from ..probe import NoInputs
+from ..probe import NoInputs, longest_text
 from ..publish import plan_of_config
-from .opening import _is_encoder, first_line, positions
+from .opening import _is_encoder, first_line
 from .tasks import TASKS
 
 DATA = {
@@ -157,10 +157,7 @@ def _longest(name: str, config: Any) -> int:
     """Tokens that texts are cut to: 128, or what the model and its tokenizer allow."""
     from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    known = getattr(text, "max_position_embeddings", None)
-    most = [128, known, positions(config)]
-    most.append(get_tokenizer_config(name).get("model_max_length"))
+    most = [128, longest_text(config), get_tokenizer_config(name).get("model_max_length")]
     return min(int(n) for n in most if isinstance(n, int | float) and n >= 2)
 
 
