@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import product
 from typing import Any
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from .discover import Attention, FeedForward, Part, owners
 from .modules import GATED, ConfigView, LockedLinear, factor, gate_, is_gated, select_heads_, ungate_, width_attribute
@@ -16,6 +16,8 @@ from .modules import GATED, ConfigView, LockedLinear, factor, gate_, is_gated, s
 Block = Attention | FeedForward
 Undo = list[Callable[[], None]]
 
+# what a module calls its place in the stack
+INDEX = ("layer_idx", "layer_id", "layer_index", "layer_number", "block_idx")
 # module attributes that say how many heads there are: they follow if they hold the old value
 HEADS = ("num_attention_heads", "num_heads", "n_heads", "n_head")
 KV_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads")
@@ -38,33 +40,35 @@ class Cut:
         offset = self.block.num_heads if isinstance(self.block, Attention) else 0
         return torch.tensor([*self.kept, *(offset + g for g in self.kept_kv)])
 
-    def rows(self, part: Part, variant: Variant) -> torch.Tensor:
-        layout = variant.layouts.get(part.module, part.layouts[0])
-        return torch.isin(owners(layout, self.block), self.units).nonzero().flatten()
+    def rows(self, part: Part) -> torch.Tensor:
+        """The indices along a part's dimension that stay."""
+        owner = owners(part.layouts[0], self.block) if part.owner is None else part.owner
+        return (torch.isin(owner, self.units) | (owner < 0)).nonzero().flatten()
 
     def gate(self) -> torch.Tensor:
         """0 and 1 over the inputs of the block's output projection: what a mask multiplies."""
-        return torch.isin(owners(self.block.parts[_out(self.block)].layouts[0], self.block), self.units).float()
+        return torch.isin(unit_columns(self.block), self.units).float()
+
+
+def unit_columns(block: Block) -> torch.Tensor:
+    """The head or neuron of each input column of a block's output projection."""
+    part = next(part for part in block.parts if part.module == block.out)
+    return owners(part.layouts[0], block)
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A guess about what names cannot tell: the layout of fused projections, and whether sizes are read from a config."""
+    """What was found, or is guessed, about a block: which rows belong to its units, and where its forward reads sizes."""
 
-    layouts: dict[str, str]
-    config: bool = False
-
-
-def _out(block: Block) -> int:
-    return next(i for i, part in enumerate(block.parts) if part.module == block.out)
+    parts: tuple[Part, ...]
+    config: bool = False  # from a config
+    wide: bool = False  # from attributes whose names say nothing
 
 
-def variants(block: Block) -> list[Variant]:
-    """Every guess about a block, the likeliest first. A proof picks the first one that holds."""
-    open_parts = [part for part in block.parts if len(part.layouts) > 1]
-    layouts = [dict(zip([p.module for p in open_parts], c, strict=True)) for c in product(*(p.layouts for p in open_parts))]
+def variants(block: Block, parts: tuple[Part, ...]) -> list[Variant]:
+    """Every guess about where a block's forward reads its sizes, the likeliest first. A proof picks the first that holds."""
     views = (False, True) if isinstance(block, Attention) else (False,)
-    return [Variant(layout, config) for layout in layouts for config in views]
+    return [Variant(parts, config, wide) for wide in (False, True) for config in views]
 
 
 def cut_(get: Callable[[str], nn.Module], cut: Cut, variant: Variant, undo: Undo | None = None) -> dict[str, dict[str, Any]]:
@@ -81,29 +85,67 @@ def cut_(get: Callable[[str], nn.Module], cut: Cut, variant: Variant, undo: Undo
     """
     undo = [] if undo is None else undo
     block, record = cut.block, {}
-    for part in block.parts:
-        module, rows = get(part.module), cut.rows(part, variant)
+    _ungate(get(block.out), block, undo)  # a mask on the same columns has done its work
+    sizes: dict[int, int] = {}  # what a dimension had and has, for attributes that say it
+    for part in variant.parts:
+        module, rows = get(part.module), cut.rows(part)
         entry = record.setdefault(part.module, {})
-        if part.parameter is not None:
-            _keep(module, part.parameter, rows, part.dim, entry, undo)
-            if isinstance(module, nn.Embedding) and part.dim == 1:  # UMT5's bias, one column a head
-                _set(module, "embedding_dim", len(rows), entry, undo)
-            continue
-        _ungate(module, undo)  # a mask on the same columns has done its work
-        name, dim = factor(module, part.dim)
-        _keep(module, name, rows, dim, entry, undo)
-        if part.dim == 0 and module.bias is not None:
-            _keep(module, "bias", rows, 0, entry, undo)
-        _set(module, width_attribute(module, part.dim), len(rows), entry, undo)
+        if part.parameter is None:  # a Linear, by its names
+            name, dim = factor(module, part.dim)
+            keys = ((name, dim), ("bias", 0)) if part.dim == 0 else ((name, dim),)
+        else:
+            keys = ((part.parameter, part.dim),)
+        for key, dim in keys:
+            tensor = module._parameters.get(key)
+            if tensor is None:
+                continue
+            sizes.setdefault(tensor.shape[dim], len(rows))
+            _keep(module, key, rows, dim, entry, undo)
+            for attribute in size_attributes(module, key, dim):
+                if getattr(module, attribute) != len(rows):
+                    _set(module, attribute, len(rows), entry, undo)
     owner = get(block.name)
     entry = record.setdefault(block.name, {})
-    for name, old, new in _sizes(cut):
+    named = _sizes(cut)
+    for name, old, new in named:
         value = getattr(owner, name, None)
         if isinstance(value, int) and not isinstance(value, bool) and value == old and old != new:
             _set(owner, name, new, entry, undo)
+    if variant.wide:
+        _set_wide(get, cut, variant, {**sizes, **{old: new for _, old, new in reversed(named)}}, record, undo)
     if isinstance(block, Attention):
         _adapt(owner, block, cut, variant, entry, undo)
     return {name: entry for name, entry in record.items() if entry}
+
+
+def size_attributes(module: nn.Module, key: str, dim: int) -> tuple[str, ...]:
+    """The attributes of a module that say how large this dimension of this parameter is."""
+    if isinstance(module, nn.Linear | Conv1D) and key in ("weight", "weight_in"):
+        return (width_attribute(module, 1 - dim if isinstance(module, Conv1D) else dim),)
+    if isinstance(module, nn.Embedding):
+        return (("num_embeddings", "embedding_dim")[dim],)
+    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and dim == 0:
+        depthwise = module.weight.shape[1] == 1 and module.groups == module.out_channels
+        return ("out_channels", "in_channels", "groups") if depthwise else ("out_channels",)
+    return ()
+
+
+# what an attribute of a module never is: a size that heads or neurons change
+_OTHER = {*INDEX, "head_dim", "head_size", "hidden_size", "d_model", "training", "padding_idx", "attention_head_size"}
+
+
+def _set_wide(
+    get: Callable[[str], nn.Module], cut: Cut, variant: Variant, sizes: dict[int, int], record: dict, undo: Undo
+) -> None:
+    """Let every whole number that a module of the block holds, and that was one of its sizes, follow. A guess; it is proved."""
+    for path in dict.fromkeys([cut.block.name, *(part.module for part in variant.parts)]):
+        module = get(path)
+        if isinstance(module, nn.Linear | Conv1D | nn.Embedding | nn.Conv1d | nn.Conv2d | nn.Conv3d):
+            continue
+        for name, value in list(vars(module).items()):
+            if type(value) is int and name not in _OTHER and not name.startswith("_") and sizes.get(value, value) != value:
+                if name not in record.get(path, {}).get("attributes", {}):
+                    _set(module, name, sizes[value], record.setdefault(path, {}), undo)
 
 
 def _sizes(cut: Cut) -> list[tuple[str, int, int]]:
@@ -158,12 +200,12 @@ def _adapt(owner: nn.Module, block: Attention, cut: Cut, variant: Variant, entry
         entry["heads"] = {"how": block.shared_bias, "keep": chosen}
 
 
-def _ungate(module: nn.Module, undo: Undo) -> None:
+def _ungate(module: nn.Module, block: Block, undo: Undo) -> None:
     if is_gated(module):
         before = gate_(module).clone()
 
         def restore() -> None:
-            gate_(module).copy_(before)
+            gate_(module, consumer=block.consumer).copy_(before)
 
         undo.append(restore)
         ungate_(module)

@@ -74,6 +74,8 @@ class Part:
     dim: int  # of a Linear: 0 outputs, 1 inputs; of a bare parameter: its dimension
     layouts: tuple[str, ...]  # how the units lie along it, first guess first
     parameter: str | None = None  # None: weight and bias of a Linear
+    # the unit of each index, where it was found from the computation (`coupling.coupled`); -1 stays in any case
+    owner: torch.Tensor | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,8 @@ class Attention:
     parts: tuple[Part, ...] = field(repr=False)
     scope: str = field(repr=False)  # the smallest module that runs all parts
     shared_bias: str | None = field(default=None, repr=False)
+    # where the heads are read from a bare parameter and not by a Linear: (parameter of `out`, its dimension)
+    consumer: tuple[str, int] | None = field(default=None, repr=False)
 
     @property
     def size(self) -> int:
@@ -108,10 +112,12 @@ class FeedForward:
     out: str = field(repr=False)
     parts: tuple[Part, ...] = field(repr=False)
     scope: str = field(repr=False)
+    # where the neurons are read from a bare parameter and not by a Linear: (parameter of `out`, its dimension)
+    consumer: tuple[str, int] | None = field(default=None, repr=False)
 
     @property
     def gated(self) -> bool:
-        return sum(part.dim == 0 for part in self.parts) > 1 or "n|n" in self.parts[0].layouts
+        return sum(part.module != self.out for part in self.parts) > 1 or "n|n" in self.parts[0].layouts
 
 
 @dataclass(frozen=True)

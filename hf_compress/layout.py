@@ -19,7 +19,7 @@ from .edits import CompressionError, from_spans, spans_of
 from .exits.options import check_options
 from .exits.runtime import attach_exits_
 from .kinds import check_kinds, follow_ties_, make_
-from .modules import PLAIN, ConfigView, LockedLinear, gate_, is_gated, lock_, select_heads_, width
+from .modules import PLAIN, ConfigView, LockedLinear, gate_, is_gated, lock_, plain_kind, select_heads_, width
 from .quantization import is_quantized
 from .stacks import carry_, config_parts, counts_layers
 
@@ -146,7 +146,7 @@ def differs(model: nn.Module, stock: nn.Module, exact: set[str]) -> str | None:
 
 
 def _same_kind(module: nn.Module, other: nn.Module) -> bool:
-    kind = PLAIN.get(type(module), nn.Linear if isinstance(module, LockedLinear) else type(module))
+    kind = nn.Linear if isinstance(module, LockedLinear) else plain_kind(module)
     mine = {k for k, v in module._parameters.items() if v is not None}
     # by name: torch makes a new class for every parametrized module
     return kind.__name__ == type(other).__name__ and mine == {k for k, v in other._parameters.items() if v is not None}

@@ -30,7 +30,7 @@ class Mask:
                 base = gate_(module).clone() if is_gated(module) else None  # a mask of a checkpoint or a training
                 masks: dict[int | None, torch.Tensor | None] = {None: base}
                 module.__dict__["hfc_masks"] = masks
-            gate = gate_(module)
+            gate = gate_(module, consumer=cut.block.consumer)
             module.__dict__["hfc_masks"][id(self)] = cut.gate().to(gate.device)
             _combine(module)
             self._gated.append(module)

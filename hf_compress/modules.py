@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from typing import Any
 
@@ -124,15 +125,68 @@ GATED: dict[type, type] = {nn.Linear: GatedLinear, Conv1D: GatedConv1D, LowRankL
 PLAIN = {gated: plain for plain, gated in GATED.items()}
 
 
-def gate_(linear: nn.Module, track: bool = False) -> torch.Tensor:
-    """Give a projection a gate of ones over its inputs (or return the one it has), to be changed in place."""
+class GatedParameter:
+    """A module that reads its units from a bare parameter (experts, three-dimensional), which is multiplied by `hfc_gate`.
+
+    The parameter is read through a property of the same name, so whatever the forward does with it sees it gated.
+    """
+
+    hfc_consumer: tuple[str, int]  # the parameter and the dimension along which its units lie
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[misc]
+        if not keep_vars:
+            destination[prefix + self.hfc_consumer[0]] = _gated_parameter(self, *self.hfc_consumer).detach()
+
+
+def _gated_parameter(module: Any, name: str, dim: int) -> torch.Tensor:
+    weight = module._parameters[name]
+    shape = [-1 if d == dim else 1 for d in range(weight.ndim)]
+    return weight * module._buffers["hfc_gate"].to(weight.dtype).view(shape)
+
+
+@functools.cache
+def _gated_class(kind: type, name: str, dim: int) -> type:
+    members = {
+        name: property(lambda self: _gated_parameter(self, name, dim)),
+        "hfc_consumer": (name, dim),
+        "__module__": kind.__module__,
+        "__qualname__": kind.__qualname__,
+        "__reduce_ex__": _reduce_gated,
+    }
+    return type(kind.__name__, (GatedParameter, kind), members)
+
+
+def _reduce_gated(self: Any, protocol: int) -> Any:
+    """Copied and pickled by the class below, which importers know."""
+    return _rebuild_gated, (type(self).__mro__[2], *self.hfc_consumer, self.__dict__)
+
+
+def _rebuild_gated(kind: type, name: str, dim: int, state: dict[str, Any]) -> Any:
+    module = object.__new__(_gated_class(kind, name, dim))
+    module.__dict__.update(state)
+    return module
+
+
+def gate_(linear: nn.Module, track: bool = False, consumer: tuple[str, int] | None = None) -> torch.Tensor:
+    """Give a projection a gate of ones over its inputs (or return the one it has), to be changed in place.
+
+    `consumer`: of a module that is no projection, the parameter that reads the units and the dimension along which they lie.
+    """
+    if consumer is not None and not isinstance(linear, GatedParameter):
+        name, dim = consumer
+        weight = linear._parameters[name]
+        assert weight is not None
+        linear.__class__ = _gated_class(type(linear), name, dim)
+        linear.register_buffer("hfc_gate", torch.ones(weight.shape[dim], device=weight.device), persistent=False)
+        linear.register_buffer("hfc_active", None, persistent=False)
     if type(linear) in GATED:
         linear.__class__ = GATED[type(linear)]
         assert isinstance(linear.weight, torch.Tensor)
         ones = torch.ones(width(linear, 1), dtype=torch.float32, device=linear.weight.device)
         linear.register_buffer("hfc_gate", ones, persistent=False)
         linear.register_buffer("hfc_active", None, persistent=False)
-    if track and linear.hfc_active is None:
+    if track and consumer is None and linear.hfc_active is None:
         assert isinstance(linear.weight, torch.Tensor)
         linear.hfc_active = torch.zeros(3, width(linear, 1), device=linear.weight.device)
     gate = linear.hfc_gate
@@ -141,14 +195,19 @@ def gate_(linear: nn.Module, track: bool = False) -> torch.Tensor:
 
 
 def ungate_(linear: nn.Module) -> None:
-    if type(linear) in PLAIN:
-        linear.__class__ = PLAIN[type(linear)]
+    if is_gated(linear):
+        linear.__class__ = plain_kind(linear)
         del linear._buffers["hfc_gate"], linear._buffers["hfc_active"]
         linear._non_persistent_buffers_set -= {"hfc_gate", "hfc_active"}
 
 
 def is_gated(module: nn.Module) -> bool:
-    return type(module) in PLAIN
+    return type(module) in PLAIN or isinstance(module, GatedParameter)
+
+
+def plain_kind(module: nn.Module) -> type:
+    """The class of a module without its gate."""
+    return type(module).__mro__[2] if isinstance(module, GatedParameter) else PLAIN.get(type(module), type(module))
 
 
 # --- locks -------------------------------------------------------------------------------------------------------

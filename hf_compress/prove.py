@@ -6,16 +6,20 @@ import copy
 import functools
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from .cutting import Cut, Variant, cut_, variants
+from .coupling import SHARED, coupled
+from .cutting import INDEX, Cut, Variant, cut_, unit_columns, variants
+from .discover import Attention, Part
 from .edits import CompressionError
 from .modules import gate_, ungate_
 from .probe import difference, map_tensors, tensors_in, tolerance
+from .refusals import check_part, check_sharing
 
 
 def prove(model: nn.Module, cuts: list[Cut], run: Callable[[], list[Any]], masked: Callable[[], Any]) -> dict[str, Variant]:
@@ -25,8 +29,9 @@ def prove(model: nn.Module, cuts: list[Cut], run: Callable[[], list[Any]], maske
     that has been cut. Twice over, per block:
 
     1. *Structure.* On a copy in float32 with all weights drawn anew (so that zero biases, dead units or untrained
-       norms hide nothing), the cut must equal the mask, and the mask must matter. The first of the block's guesses
-       (`variants`) that passes is taken.
+       norms hide nothing), the rows that belong to each unit are found from gradients (`coupling.coupled`; once for all
+       blocks that are built alike), the cut must equal the mask, and the mask must matter. What is left to guess, where
+       the forward reads its sizes, is tried in turn (`cutting.variants`); the first that passes is taken.
     2. *This model.* A copy with the real weights is cut and its output goes on to the next block in place of the
        masked one, so that what a block hands to later ones (a shared position bias, keys and values) is proved too;
        at the end the model's outputs must agree.
@@ -51,6 +56,7 @@ def prove(model: nn.Module, cuts: list[Cut], run: Callable[[], list[Any]], maske
     progress = tqdm(total=len(groups), desc="prove", unit="block", leave=False, disable=None, delay=3)
 
     given: dict[str, list[tuple[Any, Any]]] = {scope: [] for scope in groups}
+    known: dict[Any, tuple[Part, ...]] = {}  # what was found for blocks that are built alike
 
     def remember(scope: str, module: nn.Module, args: Any, kwargs: Any) -> None:
         given[scope].append((args, kwargs))  # as they are before any hook of the module changes them
@@ -62,7 +68,7 @@ def prove(model: nn.Module, cuts: list[Cut], run: Callable[[], list[Any]], maske
             progress.update()
         for cut in group:
             if cut.block.name not in proved:
-                proved[cut.block.name] = _prove_structure(module, scope, group, cut, args, kwargs)
+                proved[cut.block.name] = _prove_structure(modules, scope, group, cut, args, kwargs, known)
         double = _copy(module)
         for cut in group:
             cut_(_finder(double, scope), cut, proved[cut.block.name])
@@ -138,48 +144,59 @@ def _finder(double: nn.Module, scope: str) -> Callable[[str], nn.Module]:
     return find
 
 
-def _randomize(module: nn.Module) -> None:
+def _randomize(module: nn.Module, seed: int = 0) -> None:
     """Every weight drawn anew around its mean, at its own spread but never less than 0.02."""
-    draw = torch.Generator().manual_seed(0)
-    for tensor in module.parameters():
-        if tensor.is_floating_point():
-            spread = tensor.std().nan_to_num().item() if tensor.numel() > 1 else 0.0
-            noise = torch.randn(tensor.shape, generator=draw).to(tensor.device, tensor.dtype)
-            tensor.copy_(tensor.mean() + noise * max(spread, 0.02))
+    draw = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for tensor in module.parameters():
+            if tensor.is_floating_point():
+                spread = tensor.std().nan_to_num().item() if tensor.numel() > 1 else 0.0
+                noise = torch.randn(tensor.shape, generator=draw).to(tensor.device, tensor.dtype)
+                tensor.copy_(tensor.mean() + noise * max(spread, 0.02))
 
 
-def _prove_structure(module: nn.Module, scope: str, group: list[Cut], cut: Cut, args: Any, kwargs: Any) -> Variant:
-    """The first guess about one block under which cut and mask agree whatever the weights are."""
+def _prove_structure(
+    modules: dict[str, nn.Module], scope: str, group: list[Cut], cut: Cut, args: Any, kwargs: Any, known: dict
+) -> Variant:
+    """What belongs to the units of one block, and the first guess under which cut and mask agree whatever the weights are."""
+    module = modules[scope]
 
     def to_float(tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.float() if tensor.is_floating_point() else tensor
+        return tensor.detach().float() if tensor.is_floating_point() else tensor
 
     args, kwargs = map_tensors(args, to_float), map_tensors(kwargs, to_float)
     free = _copy(module).float()
+    block, out = cut.block, _finder(free, scope)(cut.block.out)
     for other in group:
         ungate_(_finder(free, scope)(other.block.out))
-    _randomize(free)
-    plain = free(*args, **kwargs)
-    gate_(_finder(free, scope)(cut.block.out)).copy_(cut.gate())
-    masked = free(*args, **kwargs)
-    first = tensors_in(plain)[:1], tensors_in(masked)[:1]
     broken = [name for name, tensor in module.named_parameters() if not bool(torch.isfinite(tensor).all())]
     if broken:
         raise CompressionError(
-            f"Cannot prove a cut of {cut.block.name!r}: {f'{scope}.{broken[0]}'.lstrip('.')} holds NaN or infinities. If a "
+            f"Cannot prove a cut of {block.name!r}: {f'{scope}.{broken[0]}'.lstrip('.')} holds NaN or infinities. If a "
             "training diverged, go back to a checkpoint from before (a lower learning rate, max_grad_norm or bf16 may help)."
         )
-    if not first[0] or (len(cut.kept) < cut.block.size and difference(first[0][0][1], first[1][0][1]) == 0.0):
+    _randomize(free)
+    key = (_signature(free), block.size, block.name[len(scope) :], block.out[len(scope) :])
+    gate = gate_(out, consumer=block.consumer)
+    if key not in known:
+        known[key] = _find_parts(free, block, gate, lambda: free(*args, **kwargs))
+    plain = tensors_in(free(*args, **kwargs))[:1]
+    gate.copy_(cut.gate())
+    masked = tensors_in(free(*args, **kwargs))[:1]
+    if not plain or (len(cut.kept) < block.size and difference(plain[0][1], masked[0][1]) == 0.0):
         raise CompressionError(
-            f"Cannot prove a cut of {cut.block.name!r}: masking its output projection {cut.block.out!r} changes nothing, "
+            f"Cannot prove a cut of {block.name!r}: masking its output projection {block.out!r} changes nothing, "
             "so what `discover` took for heads or neurons is something else. Leave it out of the plan."
         )
-    worst = float("inf")
-    for variant in variants(cut.block):
+    parts = tuple(replace(part, module=f"{scope}.{part.module}".strip(".")) for part in known[key])
+    for part in parts:
+        check_part(modules, part)
+    check_sharing(modules, block, parts)
+    for variant in variants(block, parts):
         double = copy.deepcopy(free)
         try:
             cut_(_finder(double, scope), cut, variant)
-            worst = difference(first[1][0][1], tensors_in(double(*args, **kwargs))[0][1])
+            worst = difference(masked[0][1], tensors_in(double(*args, **kwargs))[0][1])
         except Exception as error:  # a wrong guess may break a forward in any way; the next one is tried
             reason = f"{type(error).__name__}: {str(error).splitlines()[0]}" if str(error) else type(error).__name__
             continue
@@ -187,9 +204,36 @@ def _prove_structure(module: nn.Module, scope: str, group: list[Cut], cut: Cut, 
         if worst <= tolerance(torch.float32):
             return variant
     raise CompressionError(
-        f"Cannot cut {cut.block.name!r} ({type(module).__name__}) exactly, so nothing was changed: {reason}. "
+        f"Cannot cut {block.name!r} ({type(module).__name__}) exactly, so nothing was changed: {reason}. "
         "Its heads or neurons are tied to something that is not known here; leave it out of the plan."
     )
+
+
+def _signature(module: nn.Module) -> tuple:
+    """What two modules must have in common for the same rows of them to belong together."""
+    rows = []
+    for name, part in module.named_modules():
+        numbers = tuple(sorted((k, v) for k, v in vars(part).items() if isinstance(v, int | float | str) and k not in INDEX))
+        shapes = tuple((k, tuple(p.shape)) for k, p in part._parameters.items() if p is not None)
+        rows.append((name, type(part).__name__, numbers, shapes))
+    return tuple(rows)
+
+
+def _find_parts(free: nn.Module, block: Any, gate: torch.Tensor, run: Callable[[], Any]) -> tuple[Part, ...]:
+    """The parts of a block, with the units that their rows belong to; modules are named from `free`."""
+
+    def find(units: torch.Tensor) -> dict:
+        return coupled(free, gate, units, run, functools.partial(_randomize, free))
+
+    columns = unit_columns(block)
+    owners = find(columns)
+    if isinstance(block, Attention) and 1 < block.num_key_value_heads < block.num_heads:
+        for place, group in find(columns // block.groups).items():
+            head = owners.get(place, torch.full_like(group, SHARED))
+            owners[place] = torch.where((head < 0) & (group >= 0), block.num_heads + group, head)
+    shared = isinstance(block, Attention) and block.shared_bias
+    whole = {name for name, part in free.named_modules() if shared and isinstance(part, nn.Embedding)}
+    return tuple(Part(name, dim, ("computed",), key, owner) for (name, key, dim), owner in owners.items() if name not in whole)
 
 
 def _compare(expected: Any, got: Any, what: str, first_only: bool = False) -> None:

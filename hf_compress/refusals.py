@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+
 from torch import nn
 from torch.nn.utils import parametrize, prune
+from transformers.pytorch_utils import Conv1D
 
-from .cutting import Cut, is_plain_linear
+from .cutting import Block, Cut, is_plain_linear
+from .discover import Part
 from .edits import CompressionError
 from .loader import compression_of
 from .masking import skip_layer
@@ -45,15 +49,21 @@ def check_weights(name: str, module: nn.Module) -> None:
 
 def check_modules(model: nn.Module, cuts: list[Cut]) -> None:
     """Refuse modules whose weights are not simply theirs."""
+    modules = dict(model.named_modules())
     for cut in cuts:
         for part in cut.block.parts:
-            module = model.get_submodule(part.module)
-            check_weights(part.module, module)
-            if part.parameter is None and not is_plain_linear(module):
-                raise CompressionError(
-                    f"{part.module!r} is a {type(module).__module__}.{type(module).__name__}, not a plain Linear, so its "
-                    "weight cannot be sliced. Cut before quantizing or adding adapters, or merge them first."
-                )
+            check_part(modules, part)
+
+
+def check_part(modules: Mapping[str, nn.Module], part: Part) -> None:
+    """Refuse a projection whose weight cannot be sliced."""
+    module = modules[part.module]
+    check_weights(part.module, module)
+    if isinstance(module, nn.Linear | Conv1D) and not is_plain_linear(module):
+        raise CompressionError(
+            f"{part.module!r} is a {type(module).__module__}.{type(module).__name__}, not a plain Linear, so its "
+            "weight cannot be sliced. Cut before quantizing or adding adapters, or merge them first."
+        )
 
 
 def check_adapters(model: nn.Module) -> None:
@@ -80,18 +90,18 @@ def check_masks(model: nn.Module, cuts: list[Cut]) -> None:
             )
 
 
-def check_sharing(model: nn.Module, cuts: list[Cut]) -> None:
+def check_sharing(modules: Mapping[str, nn.Module], block: Block, parts: Iterable[Part]) -> None:
     """Refuse weights that another module uses as well: cutting one would untie or break the other."""
-    users: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        users.setdefault(id(parameter), []).append(name)
-    for cut in cuts:
-        for part in cut.block.parts:
-            module = model.get_submodule(part.module)
-            for key, parameter in module.named_parameters(recurse=False):
-                places = {id(model.get_submodule(n.rpartition(".")[0])) for n in users.get(id(parameter), [])}
-                if len(places) > 1 and (part.parameter is None or key == part.parameter):
-                    raise CompressionError(
-                        f"{part.module}.{key} is shared with {sorted(users[id(parameter)])}; cutting it for "
-                        f"{cut.block.name!r} would change them too. Untie them first, or leave it out of the plan."
-                    )
+    for part in parts:
+        module = modules[part.module]
+        keys = ("weight", "weight_in", "bias") if part.parameter is None else (part.parameter,)
+        for key in keys:
+            tensor = module._parameters.get(key)
+            if tensor is None:
+                continue
+            users = [n for n, m in modules.items() if m is not module and any(p is tensor for p in m._parameters.values())]
+            if users:
+                raise CompressionError(
+                    f"{part.module}.{key} is shared with {users}; cutting it for {block.name!r} would change them too. "
+                    "Untie them first, or leave it out of the plan."
+                )

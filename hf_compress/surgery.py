@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from .cutting import Undo, Variant, cut_
+from .discover import Part
 from .edits import AddExits, CompressionError, KeepHeads
 from .exits.options import resolve_exits
 from .exits.runtime import attach_exits_, detach_exits_
@@ -22,7 +23,7 @@ from .plan import Plan
 from .probe import difference, owners_in, probing, tensors_in, tolerance
 from .prove import prove
 from .record import stamp_
-from .refusals import check_adapters, check_foreign, check_masks, check_modules, check_sharing
+from .refusals import check_adapters, check_foreign, check_masks, check_modules
 from .resolve import Resolved, resolve
 from .stacks import config_numbers, remove_layers_
 from .substitute import Substitution, names_given, substitute_
@@ -198,7 +199,6 @@ def _cut(model: nn.Module, plan: Plan, inputs: Mapping[str, Any] | None, undo: U
     check_adapters(model)
     check_modules(model, cuts)
     check_masks(model, cuts)
-    check_sharing(model, cuts)
     touched = [cut.block.name for cut in cuts] + list(removed)
     owners = [(n, o) for n, o in owners_in(model) if not n or any(t.startswith(f"{n}.") for t in touched)]
     numbers = {name: config_numbers(owner) for name, owner in owners}
@@ -214,19 +214,18 @@ def _cut(model: nn.Module, plan: Plan, inputs: Mapping[str, Any] | None, undo: U
         stamp_(owner, name, Plan(plan.edits), record, removed, numbers[name], undo)
 
 
-def prove_plan(model: nn.Module, plan: Plan, inputs: Mapping[str, Any] | None = None) -> dict[str, str]:
+def prove_plan(model: nn.Module, plan: Plan, inputs: Mapping[str, Any] | None = None) -> dict[str, tuple[Part, ...]]:
     """Refuse what `apply_` would refuse, and change nothing either way.
 
     Returns:
-        how units were found to lie in fused projections, by the path of the projection.
+        by block, the parts that were found to follow its units.
     """
     model = _unwrapped(model)
     check_foreign(model)
     resolved = resolve(model, plan)
     check_modules(model, resolved.cuts)
-    check_sharing(model, resolved.cuts)
     proved = _prove_all(model, resolved, inputs)
-    return {module: layout for variant in proved.values() for module, layout in variant.layouts.items()}
+    return {name: variant.parts for name, variant in proved.items()}
 
 
 def _unwrapped(model: Any) -> nn.Module:

@@ -18,6 +18,7 @@ from ..refusals import check_foreign
 from ..surgery import prove_plan
 from .scores import SCORES
 from .select import (
+    check_measurable,
     check_options,
     check_seed,
     count_units,
@@ -140,13 +141,14 @@ def _measure(
     if how.needs == "weight":
         fused = [block for block in wanted if any(len(part.layouts) > 1 for part in block.parts)]
         first = batches[0] if isinstance(batches, Sequence) and batches else None
-        layouts = prove_plan(model, trial_plan(model, structure, fused), first) if fused else {}
-        return {block.name: how.reduce(weight_squares(model, block, layouts)) for block in wanted}
+        found = prove_plan(model, trial_plan(model, structure, fused), first) if fused else {}
+        return {block.name: how.reduce(weight_squares(model, block, found)) for block in wanted}
     if how.needs == "seed":
         order = {b.name: i for i, b in enumerate((*structure.attentions, *structure.ffns))}
         return {b.name: how.reduce(count_units(b), seed=seed * 100_003 + order[b.name]) for b in wanted}
     if batches is None:
         raise CompressionError(f"score={score!r} is measured on data: pass batches, or use 'magnitude' or 'random'.")
+    check_measurable(wanted, score)
     outs = {block.out: block for block in wanted}
     if how.needs == "gradient":
         rows = _derivatives(model, outs, batches, loss_fn, score)

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel, Trainer
 
 from ..cutting import Block
-from ..discover import Attention, Structure, discover
+from ..discover import Attention, Part, Structure, discover
 from ..edits import CompressionError
 from ..host import first_rows
 from ..layout import gates_of
@@ -28,6 +28,7 @@ from .schedules import SCHEDULES
 from .scores import SCORES
 from .select import (
     alive_units,
+    check_measurable,
     count_units,
     fold,
     fold_mean,
@@ -63,6 +64,8 @@ class PruningRun:
             if options[what] and not blocks:
                 raise CompressionError(f"{type(model).__name__} has no {what} that can be cut; see discover(model).")
         self.outs = {block.name: model.get_submodule(block.out) for block in self.blocks}
+        self.consumers = {block.name: block.consumer for block in self.blocks}
+        check_measurable(self.blocks, options["score"])
         self.first = max(1, round(options["start"] * max_steps))
         self.last = self.first if options["schedule"] == "one_shot" else max(self.first, round(options["end"] * max_steps))
         self.every = options["every"] or max(1, (self.last - self.first) // 20)
@@ -70,7 +73,7 @@ class PruningRun:
         self.alive: dict[str, torch.Tensor] = {}
         self.is_full = False
         self.inputs = inputs
-        self.layouts: dict[str, str] = {}
+        self.found: dict[str, tuple[Part, ...]] = {}
         self.records: list[tuple[PreTrainedModel, Any]] = []
         self.gated_before: dict[str, torch.Tensor | None] = {}
 
@@ -88,7 +91,7 @@ class PruningRun:
                     )
         plan = trial_plan(self.model, self.structure, self.blocks)
         try:
-            self.layouts = prove_plan(self.model, plan, self.inputs)
+            self.found = prove_plan(self.model, plan, self.inputs)
         except NoInputs as error:
             if self.inputs is not None:
                 raise
@@ -96,7 +99,7 @@ class PruningRun:
             if self.inputs is None:
                 raise NoInputs(f"{error} Give them to the callback: PruningCallback(inputs=...).") from error
             try:
-                self.layouts = prove_plan(self.model, plan, self.inputs)
+                self.found = prove_plan(self.model, plan, self.inputs)
             except NoInputs as again:
                 raise NoInputs(f"{again} Give them to the callback: PruningCallback(inputs=...).") from again
 
@@ -106,7 +109,7 @@ class PruningRun:
         for block in self.blocks:
             out = self.outs[block.name]
             self.gated_before[block.name] = out.hfc_gate.clone() if is_gated(out) else None  # type: ignore
-            gate_(out, track=self.how.needs == "activation")
+            gate_(out, track=self.how.needs == "activation", consumer=block.consumer)
             self.alive[block.name] = alive_units(self.model, block)
         if saved is not None:
             self._resume(saved)
@@ -138,7 +141,7 @@ class PruningRun:
         for name, before in self.gated_before.items():
             ungate_(self.outs[name])
             if before is not None and restore:
-                gate_(self.outs[name]).copy_(before)
+                gate_(self.outs[name], consumer=self.consumers[name]).copy_(before)
 
     def _restore_records(self) -> None:
         for owner, record in self.records:
@@ -229,7 +232,7 @@ class PruningRun:
     def _ranking(self) -> dict[str, torch.Tensor]:
         """The scores by block, the same on every rank."""
         if self.how.needs == "weight":
-            raw = {b.name: self.how.reduce(weight_squares(self.model, b, self.layouts)) for b in self.blocks}
+            raw = {b.name: self.how.reduce(weight_squares(self.model, b, self.found)) for b in self.blocks}
         elif self.how.needs == "seed":
             raw = {b.name: self.how.reduce(count_units(b), seed=self.options["seed"] + i) for i, b in enumerate(self.blocks)}
         else:
@@ -246,7 +249,7 @@ class PruningRun:
     def _write_gates(self) -> None:
         """Set the gates, and record them in the config of every model that a checkpoint may be made of."""
         for block in self.blocks:
-            gate = gate_(self.outs[block.name])
+            gate = gate_(self.outs[block.name], consumer=block.consumer)
             gate.copy_(self.alive[block.name][units_of(block)].to(gate))
         for owner, _ in self.records:
             masks = masks_in(owner)

@@ -7,10 +7,11 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
 from ..cutting import Block
-from ..discover import Attention, Structure, nearest, owners
+from ..discover import Attention, Part, Structure, nearest, owners
 from ..edits import CompressionError, KeepHeads, KeepNeurons
 from ..modules import dense_weight, is_gated
 from ..plan import Plan
@@ -39,6 +40,16 @@ def check_options(heads: float, neurons: float, score: str, scope: str, round_to
 def check_seed(seed: int) -> None:
     if type(seed) is not int or not 0 <= seed < 2**31:
         raise CompressionError(f"seed must be a whole number in [0, 2**31), got {seed!r}.")
+
+
+def check_measurable(blocks: Sequence[Block], score: str) -> None:
+    """Refuse a score that is read where a projection is called, for blocks that call none."""
+    bare = [block for block in blocks if block.consumer is not None]
+    if bare and SCORES[score].needs in ("gradient", "activation"):
+        raise CompressionError(
+            f"score={score!r} is read from what enters a projection, and {bare[0].name!r} ({len(bare)} such blocks) hands its "
+            "weights to a kernel (experts). Use score='magnitude', or leave these out (neurons=0)."
+        )
 
 
 def units_of(block: Block) -> torch.Tensor:
@@ -87,10 +98,10 @@ def trial_plan(model: nn.Module, structure: Structure, blocks: Sequence[Block]) 
     return plan_of(structure, heads, {name: kept for name, kept in half.items() if name not in heads})
 
 
-def weight_squares(model: nn.Module, block: Block, layouts: Mapping[str, str]) -> torch.Tensor:
+def weight_squares(model: nn.Module, block: Block, found: Mapping[str, tuple[Part, ...]]) -> torch.Tensor:
     """Sum of the squared weights of each unit, over every projection that would be cut with it: shape (units,).
 
-    `layouts`: how units lie in fused projections, by the path of the projection (`surgery.prove_plan`).
+    `found`: by block, the parts that follow its units (`surgery.prove_plan`), where names leave that open.
     """
     units = count_units(block)
     if isinstance(block, Attention):
@@ -100,16 +111,25 @@ def weight_squares(model: nn.Module, block: Block, layouts: Mapping[str, str]) -
         belongs[torch.arange(block.num_heads), torch.arange(block.num_heads) // groups] = 1
         belongs[block.num_heads :] = torch.eye(units) if block.num_key_value_heads > 1 else 1
     else:
-        belongs = None  # a neuron is its own unit
+        belongs = torch.eye(units)  # a neuron is its own unit
     total = torch.zeros(units)
-    for part in block.parts:
-        if part.parameter is not None:
-            continue
+    for part in found.get(block.name, block.parts):
         module = model.get_submodule(part.module)
-        squares = dense_weight(module).detach().float().square().sum(1 - part.dim).cpu()
-        owner = owners(layouts.get(part.module, part.layouts[0]), block)
-        per_owner = torch.zeros(units if belongs is None else len(belongs)).index_add_(0, owner, squares)
-        total += per_owner if belongs is None else per_owner @ belongs
+        owner = owners(part.layouts[0], block) if part.owner is None else part.owner
+        if isinstance(module, nn.Linear | Conv1D):
+            if part.parameter not in (None, "weight", "weight_in"):
+                continue
+            dim = 1 - part.dim if part.parameter is not None and isinstance(module, Conv1D) else part.dim
+            weight = dense_weight(module)
+        else:
+            bare = module._parameters.get(part.parameter or "weight")
+            if bare is None or bare.ndim < 3:  # experts; not biases, norms and tables
+                continue
+            dim, weight = part.dim, bare
+        squares = weight.detach().float().square().sum([d for d in range(weight.ndim) if d != dim]).cpu()
+        own = owner >= 0
+        per_owner = torch.zeros(len(belongs)).index_add_(0, owner[own], squares[own])
+        total += per_owner @ belongs
     return total
 
 
