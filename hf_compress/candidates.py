@@ -1,0 +1,336 @@
+"""Where attention and feed-forward blocks may be, by classes, names and widths: hints. `coupling` finds what belongs to them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from .modules import width
+from .structure import Attention, FeedForward, Part
+
+# One attention is a module with Linear children of these names, or with a class of this name; its output projection is one
+# more child, or lies in a sibling.
+QUERY = re.compile(
+    r"^(q|query|wq|to_q|to_query|q_head)(_?(lin|proj|layer))?$|^(linear|project|projection)_(q|query)$|^q_b_proj$", re.I
+)
+KEY = re.compile(r"^(k|key|wk|to_k|to_key|k_head)(_?(lin|proj|layer))?$|^(linear|project|projection)_(k|key)$", re.I)
+VALUE = re.compile(r"^(v|value|wv|to_v|to_value|v_head)(_?(lin|proj|layer))?$|^(linear|project|projection)_(v|value)$", re.I)
+FUSED = re.compile(
+    r"^(c_attn|Wqkv|query_key_value|qkv(_proj|_linear)?|in_proj|in_proj_qkv|att_proj|to_kv|kv_proj|kv_b_proj|linear_kv)$"
+)
+OUT = re.compile(
+    r"^(o|out|dense|c_proj|Wo|out_lin|o_proj|out_proj|proj|to_out|linear_out|linear_o|attention_out|projection|"
+    r"projection_layer|output|output_proj|post|post_proj|o_b_proj)$"
+)
+ATTENTION = re.compile(r"Attention|Attn")
+# what has such names and is neither: state-space and recurrent mixers, poolers with one query, maps without values
+NO_ATTENTION = re.compile(r"Mamba|SSM|Recurrent|DeltaNet|Deformable|AttentionMap|AttentionOutput|AttnAdapter|AttentionGRU|Rwkv")
+HEAD_DIM = (
+    "v_head_dim",
+    "value_head_dim",
+    "attention_head_size",
+    "head_dim",
+    "head_size",
+    "key_value_proj_dim",
+    "attention_head_dim",
+)
+NUM_HEADS = ("num_attention_heads", "num_heads", "n_heads", "n_head", "heads", "num_local_heads", "num_head", "nheads")
+NUM_KV_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "num_local_key_value_heads")
+
+# One feed-forward block is a pair of an up and a down projection, the second as wide inside as the first is outside.
+UP = re.compile(
+    r"^(dense|lin1|linear1|linear_1|fc1|c_fc|wi|wi_0|wi_1|Wi|gate_proj|up_proj|gate_up_proj|weights_in|in_proj|"
+    r"intermediate_dense|dense_h_to_4h|ffn|pwconv1|w1|w3|w12|fc_in|dense1|intermediate|linear_in|up_gate_proj|input_linear|gate|up)$"
+)
+DOWN = re.compile(
+    r"^(dense|lin2|linear2|linear_2|fc2|c_proj|wo|Wo|down_proj|weights_out|output_dense|dense_4h_to_h|ffn_output|pwconv2|w2|"
+    r"fc_out|dense2|output|out_proj|linear_out|output_linear|down)$"
+)
+NESTED = re.compile(r"intermediate|output|ffn|mlp|feed")
+FEED_FORWARD = re.compile(r"MLP|Mlp|FeedForward|FFN|Ffn|FFLayer|SwiGLU|GLU|Projector")
+# whatever an `up` of a later sibling is called: registered after the projection that it feeds
+LATE_UP = ("w3", "up_proj", "gate_proj", "up", "gate")
+
+# How the units of a block lie along one dimension of a projection, where that is known to be open.
+FUSED_LAYOUTS = ("q|k|v", "(qkv)")
+FUSED_UP_LAYOUTS = ("n|n", "(nn)")
+OPEN = ("?", "?")  # found from the computation alone
+
+# Attentions that share one position bias among the layers of a stack: the bias stays whole, each selects its heads.
+SHARED_BIAS: tuple[tuple[str, str], ...] = (
+    (r"(T5|MT5|LongT5|SwitchTransformers|Pop2Piano)Attention", "interface"),
+    (r"MPNetSelfAttention", "argument"),
+)
+# Attentions that hand the weights of their output projection to a function of torch instead of calling it: no mask on the
+# projection would be seen, so no head is offered.
+OPAQUE = re.compile(r"WavLMAttention|MultiheadAttention")
+
+
+def attentions_in(modules: dict[str, nn.Module]) -> Iterator[Attention]:
+    """Every module that looks like an attention whose heads can be told apart where its output projection reads them."""
+    seen: set[str] = set()
+    for name, module in modules.items():
+        kind = type(module).__name__
+        linears = projections(module)
+        q, k, v = ([n for n in linears if pattern.match(n)] for pattern in (QUERY, KEY, VALUE))
+        fused = [n for n in linears if FUSED.match(n)]
+        named = bool(q and k and v) or bool(fused)
+        by_class = bool(ATTENTION.search(kind)) and bool(q or k or v or fused)
+        if not (named or by_class) or NO_ATTENTION.search(kind) or OPAQUE.fullmatch(kind):
+            continue
+        if not ATTENTION.search(kind) and not (q and k and v) and "in_proj" in fused:  # a mixer, or a gated block
+            continue
+        ins = [n for n in linears if n in {*q, *k, *v, *fused}]
+        out = next((join(name, linears[n]) for n in linears if OUT.match(n) and n not in ins), None)
+        if out is None and name:
+            out = _out_beside(modules, name, module)
+        if out is None or out in seen:
+            continue
+        inner = width(modules[out], 1)
+        config = getattr(module, "config", None)
+        heads = _integer(module, NUM_HEADS) or (_integer(config, NUM_HEADS) if named else None)
+        head_dim = _integer(module, HEAD_DIM)
+        if (
+            head_dim is None
+            or inner % head_dim
+            or (heads and inner % heads == 0 and "v_head_dim" in HEAD_DIM and _mla(linears))
+        ):
+            head_dim = inner // heads if heads and inner % heads == 0 else None
+        if head_dim is None or inner % head_dim:
+            continue
+        num_heads = inner // head_dim
+        kv, parts = _inputs(modules, name, module, linears, ins, num_heads, head_dim)
+        seen.add(out)
+        parts.append(Part(out, 1, ("q",)))
+        shared = next((how for pattern, how in SHARED_BIAS if re.fullmatch(pattern, kind)), None)
+        scope = _scope(modules, [part.module for part in parts])
+        yield Attention(name, num_heads, kv, head_dim, out, tuple(parts), scope, shared)
+
+
+def _mla(linears: dict[str, str]) -> bool:
+    return "kv_b_proj" in linears
+
+
+def _inputs(
+    modules: dict[str, nn.Module], name: str, module: nn.Module, linears: dict[str, str], ins: list[str], heads: int, dim: int
+) -> tuple[int, list[Part]]:
+    """How many key/value heads there are, and what the names say of the projections that make heads."""
+    widths = {n: width(modules[join(name, linears[n])], 0) for n in ins}
+    inner = heads * dim
+    said = _integer(module, NUM_KV_HEADS) or _integer(getattr(module, "config", None), NUM_KV_HEADS)
+    q, k, v = ([n for n in ins if pattern.match(n)] for pattern in (QUERY, KEY, VALUE))
+    plain = len(ins) == 3 and bool(q and k and v)
+    if plain and widths[q[0]] == inner and widths[k[0]] == widths[v[0]] and _divides(widths[k[0]], dim, heads):
+        kv = widths[k[0]] // dim
+        layouts = {q[0]: ("q",), k[0]: ("kv",), v[0]: ("kv",)}
+    elif len(ins) == 1 and (widths[ins[0]] - inner) % (2 * dim) == 0 and _divides((widths[ins[0]] - inner) // 2, dim, heads):
+        kv = (widths[ins[0]] - inner) // (2 * dim)
+        layouts = {ins[0]: FUSED_LAYOUTS}
+    else:
+        layouts = {}
+        if _mla(linears):
+            kv = heads
+        elif v and _divides(widths[v[0]], dim, heads):
+            kv = widths[v[0]] // dim
+        else:
+            kv = said if said and heads % said == 0 else heads
+    parts = [Part(join(name, linears[n]), 0, layouts.get(n, OPEN)) for n in ins]
+    others = [n for n in linears if n not in ins and not OUT.match(n)]
+    return kv, parts + [Part(join(name, linears[n]), 0, OPEN) for n in others]
+
+
+def _divides(total: int, dim: int, heads: int) -> bool:
+    return total > 0 and total % dim == 0 and heads % (total // dim) == 0
+
+
+def _out_beside(modules: dict[str, nn.Module], name: str, module: nn.Module) -> str | None:
+    """BERT: attention.self.{query,key,value} beside attention.output.dense."""
+    parent = parent_of(name)
+    if isinstance(modules[parent], nn.ModuleList | nn.ModuleDict):
+        return None
+    for sibling, child in modules[parent].named_children():
+        if child is not module and not ATTENTION.search(
+            type(child).__name__.removesuffix("Output").removesuffix("SelfAttention")
+        ):
+            for n, path in projections(child).items():
+                if OUT.match(n) and not _is_pair(child):
+                    return join(parent, sibling, path)
+    for sibling, child in modules[parent].named_children():
+        if child is not module:
+            for n, path in projections(child).items():
+                if OUT.match(n) and not _is_pair(child):
+                    return join(parent, sibling, path)
+    direct = projections(modules[parent])
+    return next((join(parent, path) for n, path in direct.items() if OUT.match(n)), None)
+
+
+def _is_pair(module: nn.Module) -> bool:
+    """Whether a module is a feed-forward block by itself."""
+    names = projections(module)
+    return any(UP.match(n) and not OUT.match(n) for n in names)
+
+
+def ffns_in(modules: dict[str, nn.Module], taken: set[str]) -> Iterator[FeedForward]:
+    """Every pair of projections with neurons between them, and every set of experts that keeps its weights in one tensor."""
+    seen: set[str] = set()
+    names: set[str] = set()
+    for name, module in modules.items():
+        if isinstance(module, nn.ModuleList | nn.ModuleDict):
+            continue
+        experts = _experts(name, module)
+        if experts is not None:
+            yield experts
+            continue
+        by_class = bool(FEED_FORWARD.search(type(module).__name__))
+        direct = _deep(module) if by_class else projections(module)
+        linears = {join(name, path): n for n, path in direct.items()}
+        linears = {path: n for path, n in linears.items() if path not in taken}
+        if not linears:  # BERT: intermediate.dense and output.dense, one level down
+            linears = {
+                join(name, child_name, path): n
+                for child_name, child in module.named_children()
+                if NESTED.search(child_name) and not isinstance(child, nn.ModuleList | nn.ModuleDict)
+                for n, path in projections(child).items()
+                if join(name, child_name, path) not in taken
+            }
+        order = list(linears)
+        for position, down in enumerate(order):
+            if down in seen or not (DOWN.match(linears[down]) or by_class):
+                continue
+            inner, hidden = width(modules[down], 1), width(modules[down], 0)
+            ups = [
+                up
+                for up in order
+                if up != down
+                and (UP.match(linears[up]) or by_class)
+                and (width(modules[up], 1) == hidden or by_class)
+                and width(modules[up], 0) in (inner, 2 * inner)
+                and (order.index(up) < position or linears[up] in LATE_UP)
+            ]
+            if by_class and ups:  # an MLP of several layers: what feeds this one, not what came before
+                nearest = width(modules[ups[-1]], 1)
+                ups = [up for up in ups if width(modules[up], 1) == nearest]
+                if not any(UP.match(linears[up]) for up in ups):
+                    ups = ups[-1:]
+            if not ups:
+                continue
+            seen.add(down)
+            parts = [Part(up, 0, ("n",) if width(modules[up], 0) == inner else FUSED_UP_LAYOUTS) for up in ups]
+            scope = _scope(modules, [*ups, down])
+            meet = _meet([*ups, down]) or down
+            if meet in names:  # LiLT: two blocks in one layer
+                meet = down
+            names.add(meet)
+            yield FeedForward(meet, inner, down, (*parts, Part(down, 1, ("n",))), scope)
+
+
+# (up projections, down projection) of experts whose weights are one tensor
+EXPERTS = (
+    (("gate_up_proj", "up_proj", "gate_proj"), "down_proj"),
+    (("w1", "w3", "v1", "wi", "wi_0", "wi_1"), "w2"),
+    (("w1", "w3", "v1", "wi", "wi_0", "wi_1"), "wo"),
+)
+
+
+def _experts(name: str, module: nn.Module) -> FeedForward | None:
+    """Experts in three-dimensional parameters (or two, one expert after the other); the same neurons go from each."""
+    weights = {key: p for key, p in module._parameters.items() if p is not None}
+    for ups, down in EXPERTS:
+        ups = tuple(key for key in ups if key in weights)
+        if not ups or down not in weights or weights[down].ndim != weights[ups[0]].ndim:
+            continue
+        out, up = weights[down].shape, weights[ups[0]].shape
+        if len(out) == 3:
+            standard = up[2] == out[1] and up[1] in (out[2], 2 * out[2])
+            if getattr(module, "is_transposed", False) or not standard:  # gpt_oss: (E, I, H) after (E, H, 2I)
+                if up[1] != out[2] or up[2] not in (out[1], 2 * out[1]):
+                    continue
+                inside, dim = 1, 2
+            else:
+                inside, dim = 2, 1
+            size, layout = out[inside], "n"
+            layouts = ("n",) if up[dim] == size else FUSED_UP_LAYOUTS
+        elif len(out) == 2 and out == up and _integer(module, ("ffn_hidden_size",)):  # DBRX
+            size = _integer(module, ("ffn_hidden_size",)) or 0
+            if out[0] % size:
+                continue
+            inside, dim, layout = 0, 0, f"n*{out[0] // size}"
+            layouts = (layout,)
+        else:
+            continue
+        parts = tuple(Part(name, dim, layouts, key) for key in ups)
+        return FeedForward(name, size, name, (*parts, Part(name, inside, (layout,), down)), name, (down, inside))
+    children = dict(module.named_children())
+    one, two = children.get("input_linear"), children.get("output_linear")
+    if one is not None and two is not None:  # Granite: ParallelExperts, each (E, out, in)
+        up, out = one._parameters.get("weight"), two._parameters.get("weight")
+        if up is not None and out is not None and up.ndim == out.ndim == 3 and up.shape[1] in (out.shape[2], 2 * out.shape[2]):
+            first, last = join(name, "input_linear"), join(name, "output_linear")
+            layouts = ("n",) if up.shape[1] == out.shape[2] else FUSED_UP_LAYOUTS
+            parts = (Part(first, 1, layouts, "weight"), Part(last, 2, ("n",), "weight"))
+            return FeedForward(name, out.shape[2], last, parts, name, ("weight", 2))
+    return None
+
+
+# --- names -------------------------------------------------------------------------------------------------------
+
+
+def join(*names: str) -> str:
+    return ".".join(name for name in names if name)
+
+
+def parent_of(name: str) -> str:
+    return name.rpartition(".")[0]
+
+
+def projections(module: nn.Module) -> dict[str, str]:
+    """The Linear (or Conv1D) children of a module by name, with their paths in it: also those in a wrapper of one or a list."""
+    found: dict[str, str] = {}
+    for name, child in module.named_children():
+        if isinstance(child, nn.Linear | Conv1D):
+            found[name] = name
+        elif isinstance(child, nn.Sequential) or name == "to_out":
+            inner = [(n, c) for n, c in child.named_children() if isinstance(c, nn.Linear | Conv1D)]
+            if len(inner) == 1:
+                found[name] = f"{name}.{inner[0][0]}"
+        elif isinstance(getattr(child, "linear", None), nn.Linear) and len(list(child.children())) == 1:
+            found[name] = f"{name}.linear"
+    return found
+
+
+def _deep(module: nn.Module, prefix: str = "", depth: int = 0) -> dict[str, str]:
+    """All projections inside of a feed-forward block, through lists and small wrappers, by path."""
+    found: dict[str, str] = {}
+    for name, child in module.named_children():
+        path = join(prefix, name)
+        if isinstance(child, nn.Linear | Conv1D):
+            found[path] = path
+        elif depth < 3 and not ATTENTION.search(type(child).__name__) and not FEED_FORWARD.search(type(child).__name__):
+            found |= _deep(child, path, depth + 1)
+    return {path.rpartition(".")[2] if "." not in path else path: path for path in found}
+
+
+def _meet(names: list[str]) -> str:
+    """The deepest path above all names."""
+    common: list[str] = []
+    for level in zip(*(name.split(".")[:-1] for name in names), strict=False):
+        if len(set(level)) > 1:
+            break
+        common.append(level[0])
+    return ".".join(common)
+
+
+def _scope(modules: dict[str, nn.Module], names: list[str]) -> str:
+    """The deepest module above all names that has a forward of its own to run."""
+    scope = _meet(names)
+    while scope and isinstance(modules[scope], nn.ModuleList | nn.ModuleDict):
+        scope = parent_of(scope)
+    return scope
+
+
+def _integer(owner: object, names: tuple[str, ...]) -> int | None:
+    values = (getattr(owner, name, None) for name in names)
+    return next((v for v in values if isinstance(v, int) and not isinstance(v, bool) and v > 0), None)
