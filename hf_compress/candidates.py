@@ -1,4 +1,4 @@
-"""Where attention and feed-forward blocks may be, by classes, names and widths: hints. `coupling` finds what belongs to them."""
+"""Where attention and feed-forward blocks may be, by classes, names and widths: hints. `coupling` finds what is theirs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from .modules import width
+from .modules import is_own_linear, width
 from .structure import Attention, FeedForward, Part
 
 # One attention is a module with Linear children of these names, or with a class of this name; its output projection is one
@@ -107,7 +107,8 @@ def attentions_in(modules: dict[str, nn.Module]) -> Iterator[Attention]:
         parts.append(Part(out, 1, ("q",)))
         shared = next((how for pattern, how in SHARED_BIAS if re.fullmatch(pattern, kind)), None)
         scope = _scope(modules, [part.module for part in parts])
-        yield Attention(name, num_heads, kv, head_dim, out, tuple(parts), scope, shared)
+        consumer = ("weight", 1) if is_own_linear(modules[out]) else None
+        yield Attention(name, num_heads, kv, head_dim, out, tuple(parts), scope, shared, consumer)
 
 
 def _mla(linears: dict[str, str]) -> bool:
@@ -184,7 +185,7 @@ def ffns_in(modules: dict[str, nn.Module], taken: set[str]) -> Iterator[FeedForw
         if experts is not None:
             yield experts
             continue
-        by_class = bool(FEED_FORWARD.search(type(module).__name__))
+        by_class = bool(FEED_FORWARD.search(type(module).__name__)) or type(module) is nn.Sequential
         direct = _deep(module) if by_class else projections(module)
         linears = {join(name, path): n for n, path in direct.items()}
         linears = {path: n for path, n in linears.items() if path not in taken}
@@ -224,7 +225,8 @@ def ffns_in(modules: dict[str, nn.Module], taken: set[str]) -> Iterator[FeedForw
             if meet in names:  # LiLT: two blocks in one layer
                 meet = down
             names.add(meet)
-            yield FeedForward(meet, inner, down, (*parts, Part(down, 1, ("n",))), scope)
+            consumer = ("weight", 1) if is_own_linear(modules[down]) else None
+            yield FeedForward(meet, inner, down, (*parts, Part(down, 1, ("n",))), scope, consumer)
 
 
 # (up projections, down projection) of experts whose weights are one tensor

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import Any
 
@@ -15,6 +15,7 @@ SHARED, DEAD = -1, -2  # owners of rows that several units use, or that no gradi
 DRAWS = 3  # a unit that a draw of the weights leaves dead (ReLU) is met by another
 
 Place = tuple[str, str, int]  # (module, parameter, dimension)
+ARGUMENT = "<argument>"
 
 
 def coupled(
@@ -23,6 +24,7 @@ def coupled(
     units: torch.Tensor,
     run: Callable[[], Any],
     redraw: Callable[[int], None],
+    arguments: Mapping[str, torch.Tensor] | None = None,
 ) -> dict[Place, torch.Tensor]:
     r"""The unit that each row of each parameter in a module belongs to, whatever names and shapes suggest.
 
@@ -47,6 +49,8 @@ def coupled(
         units: the unit of each column, shape (columns,), from 0.
         run: runs the module and gives its output.
         redraw: draws all weights anew, from a seed.
+        arguments: float tensors that `run` gives to the module, by name, leaves: their rows are looked at like a parameter's
+            (a position bias that is computed outside), under the module name `ARGUMENT`.
 
     Returns:
         by (module, parameter or buffer, dimension), for every dimension along which some row belongs to one unit: a tensor with
@@ -71,11 +75,11 @@ def coupled(
     count = int(units.max()) + 1
     for seed in range(DRAWS):
         redraw(seed)
-        for place, owner in _one_draw(module, gate, units, count, run).items():
+        for place, owner in _one_draw(module, gate, units, count, run, arguments or {}).items():
             before = owners.get(place)
             owners[place] = owner if before is None else _both(before, owner)
-        following = [o for o in owners.values() if bool((o >= 0).any())]
-        if following and not any(bool((o == DEAD).any()) for o in following):
+        following = {place: o for place, o in owners.items() if bool((o >= 0).any())}
+        if following and not any(bool((o == DEAD).any()) and place[1] != "bias" for place, o in following.items()):
             break
     found = {place: owner for place, owner in owners.items() if bool((owner >= 0).any())}
     for (name, key, dim), owner in list(found.items()):
@@ -94,7 +98,12 @@ def _both(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
 
 
 def _one_draw(
-    module: nn.Module, gate: torch.Tensor, units: torch.Tensor, count: int, run: Callable[[], Any]
+    module: nn.Module,
+    gate: torch.Tensor,
+    units: torch.Tensor,
+    count: int,
+    run: Callable[[], Any],
+    arguments: Mapping[str, torch.Tensor],
 ) -> dict[Place, torch.Tensor]:
     bits = max(1, (count - 1).bit_length())
     units = units.to(gate.device)
@@ -102,6 +111,8 @@ def _one_draw(
     with ExitStack() as stack, torch.enable_grad():
         seen: dict[Place, torch.Tensor] = {}
         shapes = _watch(module, seen, stack)
+        for key, tensor in arguments.items():
+            shapes |= _note(tensor, (ARGUMENT, key), seen, stack)
         for bit in range(bits):
             for value in (0, 1):
                 gate.copy_(((units >> bit) & 1) != value)
@@ -137,20 +148,24 @@ def _watch(module: nn.Module, seen: dict[Place, torch.Tensor], stack: ExitStack)
                     leaf = tensor.requires_grad_()
                     stack.callback(tensor.requires_grad_, False)
                 known.add(id(tensor))
-                places = [(name, key, dim) for dim in range(leaf.ndim) if leaf.shape[dim] > 1]
-                shapes.update({place: leaf.shape[place[2]] for place in places})
-
-                def note(leaf: torch.Tensor, places: Iterable[Place] = tuple(places)) -> None:
-                    assert leaf.grad is not None
-                    zero = leaf.grad == 0
-                    leaf.grad = None
-                    for place in places:
-                        others = [d for d in range(zero.ndim) if d != place[2]]
-                        rows = zero.all(dim=others) if others else zero
-                        seen[place] = seen[place] & rows if place in seen else rows
-
-                stack.callback(leaf.register_post_accumulate_grad_hook(note).remove)
+                shapes |= _note(leaf, (name, key), seen, stack)
     return shapes
+
+
+def _note(leaf: torch.Tensor, where: tuple[str, str], seen: dict[Place, torch.Tensor], stack: ExitStack) -> dict[Place, int]:
+    places: list[Place] = [(*where, dim) for dim in range(leaf.ndim) if leaf.shape[dim] > 1]
+
+    def note(leaf: torch.Tensor) -> None:
+        assert leaf.grad is not None
+        zero = leaf.grad == 0
+        leaf.grad = None
+        for place in places:
+            others = [d for d in range(zero.ndim) if d != place[2]]
+            rows = zero.all(dim=others) if others else zero
+            seen[place] = seen[place] & rows if place in seen else rows
+
+    stack.callback(leaf.register_post_accumulate_grad_hook(note).remove)
+    return {place: leaf.shape[place[2]] for place in places}
 
 
 def _spell(silent: torch.Tensor, count: int) -> torch.Tensor:

@@ -11,7 +11,18 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from .discover import Attention, FeedForward, Part, owners
-from .modules import GATED, ConfigView, LockedLinear, factor, gate_, is_gated, select_heads_, ungate_, width_attribute
+from .modules import (
+    GATED,
+    ConfigView,
+    LockedLinear,
+    factor,
+    gate_,
+    is_gated,
+    is_own_linear,
+    select_heads_,
+    ungate_,
+    width_attribute,
+)
 
 Block = Attention | FeedForward
 Undo = list[Callable[[], None]]
@@ -52,7 +63,7 @@ class Cut:
 
 def unit_columns(block: Block) -> torch.Tensor:
     """The head or neuron of each input column of a block's output projection."""
-    part = next(part for part in block.parts if part.module == block.out)
+    part = next(part for part in reversed(block.parts) if part.module == block.out)  # experts have others in the same module
     return owners(part.layouts[0], block)
 
 
@@ -63,12 +74,14 @@ class Variant:
     parts: tuple[Part, ...]
     config: bool = False  # from a config
     wide: bool = False  # from attributes whose names say nothing
+    after: tuple[str, ...] = ()  # norms over all heads: what goes in stays whole, and the heads are chosen from what comes out
 
 
-def variants(block: Block, parts: tuple[Part, ...]) -> list[Variant]:
-    """Every guess about where a block's forward reads its sizes, the likeliest first. A proof picks the first that holds."""
+def variants(block: Block, parts: tuple[Part, ...], norms: tuple[str, ...] = ()) -> list[Variant]:
+    """Every guess about how a block's forward takes its sizes, the likeliest first. A proof picks the first that holds."""
     views = (False, True) if isinstance(block, Attention) else (False,)
-    return [Variant(parts, config, wide) for wide in (False, True) for config in views]
+    chosen = ((), norms) if norms and isinstance(block, Attention) else ((),)
+    return [Variant(parts, config, wide, after) for wide in (False, True) for after in chosen for config in views]
 
 
 def cut_(get: Callable[[str], nn.Module], cut: Cut, variant: Variant, undo: Undo | None = None) -> dict[str, dict[str, Any]]:
@@ -90,6 +103,15 @@ def cut_(get: Callable[[str], nn.Module], cut: Cut, variant: Variant, undo: Undo
     for part in variant.parts:
         module, rows = get(part.module), cut.rows(part)
         entry = record.setdefault(part.module, {})
+        if part.argument is not None:
+            before = getattr(module, "hfc_heads", None)
+            chosen = list(cut.kept) if before is None else [before[h] for h in cut.kept]  # type: ignore[index]
+            full = cut.block.size if before is None else module.hfc_argument[2]  # type: ignore[index]
+            _select(module, "argument", chosen, entry, undo, (part.argument, part.dim, full))
+            continue
+        if part.module in variant.after:
+            _select(module, "output", rows.tolist(), entry, undo)
+            continue
         if part.parameter is None:  # a Linear, by its names
             name, dim = factor(module, part.dim)
             keys = ((name, dim), ("bias", 0)) if part.dim == 0 else ((name, dim),)
@@ -181,23 +203,43 @@ def _adapt(owner: nn.Module, block: Attention, cut: Cut, variant: Variant, entry
     if block.shared_bias:
         before = getattr(owner, "hfc_heads", None)
         chosen = list(cut.kept) if before is None else [before[h] for h in cut.kept]  # type: ignore[index]
-        hooks = dict(owner._forward_pre_hooks), dict(owner._forward_pre_hooks_with_kwargs)
+        _select(owner, block.shared_bias, chosen, entry, undo)
 
-        def restore() -> None:
-            if config is not None:
-                owner.config = config  # type: ignore[assignment]
-            owner._forward_pre_hooks.clear()
-            owner._forward_pre_hooks.update(hooks[0])
-            owner._forward_pre_hooks_with_kwargs.clear()
-            owner._forward_pre_hooks_with_kwargs.update(hooks[1])
-            if before is None:
-                del owner.hfc_heads
-            else:
-                owner.hfc_heads = before
 
-        undo.append(restore)
-        select_heads_(owner, block.shared_bias, chosen)
-        entry["heads"] = {"how": block.shared_bias, "keep": chosen}
+def _select(
+    module: nn.Module,
+    how: str,
+    chosen: list[int],
+    entry: dict,
+    undo: Undo,
+    argument: tuple[str, int, int] | None = None,
+) -> None:
+    """Let a module use, or give, only what belongs to the heads that stay (`modules.select_heads_`)."""
+    before, config = getattr(module, "hfc_heads", None), getattr(module, "config", None)
+    hooks = [
+        (kept, dict(kept))
+        for kept in (
+            module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs,
+            module._forward_hooks, module._forward_hooks_with_kwargs,
+        )
+    ]  # fmt: skip
+
+    def restore() -> None:
+        if config is not None:
+            module.config = config
+        for kept, was in hooks:
+            kept.clear()
+            kept.update(was)
+        if before is None:
+            del module.hfc_heads
+        else:
+            module.hfc_heads = before
+
+    undo.append(restore)
+    if how == "output" and before is not None:  # what an earlier cut left out stays out
+        chosen = [row for row in chosen if row in set(before)]  # type: ignore[arg-type]
+    select_heads_(module, how, chosen, argument)
+    entry["heads"] = {"how": how, "keep": chosen, **({} if argument is None else {"argument": list(argument)})}
 
 
 def _ungate(module: nn.Module, block: Block, undo: Undo) -> None:
@@ -230,4 +272,4 @@ def _set(module: nn.Module, name: str, value: int, entry: dict, undo: Undo) -> N
 
 def is_plain_linear(module: nn.Module) -> bool:
     """Whether a projection is what it seems, and not a quantized or adapted subclass."""
-    return type(module) in GATED or type(module) in GATED.values() or type(module) is LockedLinear
+    return type(module) in GATED or type(module) in GATED.values() or type(module) is LockedLinear or is_own_linear(module)

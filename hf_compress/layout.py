@@ -276,12 +276,21 @@ def check(layout: Any) -> Layout:
                     raise CompressionError(f"The layout sets {name}.{attribute} to {value!r}; only whole numbers can be set.")
         heads = entry.get("heads")
         if heads is not None and (
-            heads.get("how") not in ("interface", "argument")
+            heads.get("how") not in ("interface", "argument", "output")
             or not isinstance(heads.get("keep"), list)
             or not all(type(h) is int and h >= 0 for h in heads["keep"])
+            or not _is_argument(heads.get("argument"))
         ):
             raise CompressionError(f"The layout selects heads {heads!r} in {name!r}; a list of indices was expected.")
     return layout
+
+
+def _is_argument(argument: Any) -> bool:
+    """Nothing, or (name, dimension, heads) as `modules.select_heads_` takes them."""
+    if argument is None:
+        return True
+    kinds = [type(value) for value in argument] if isinstance(argument, list) else []
+    return kinds == [str, int, int] and argument[0].isidentifier() and argument[1] >= 0 and argument[2] > 0
 
 
 def _is_base_of_checkpoint(model: Any, layout: Layout) -> bool:
@@ -356,7 +365,7 @@ def _replay_module(name: str, module: nn.Module, entry: Mapping[str, Any]) -> No
     if entry.get("config"):
         module.config = ConfigView(module.config, **entry["config"])  # type: ignore[assignment]
     if entry.get("heads"):
-        select_heads_(module, entry["heads"]["how"], entry["heads"]["keep"])
+        select_heads_(module, entry["heads"]["how"], entry["heads"]["keep"], entry["heads"].get("argument"))
 
 
 def finish_replayed(model: nn.Module, layout: Layout) -> None:

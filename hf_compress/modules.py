@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import sys
 from typing import Any
 
@@ -201,6 +202,13 @@ def ungate_(linear: nn.Module) -> None:
         linear._non_persistent_buffers_set -= {"hfc_gate", "hfc_active"}
 
 
+def is_own_linear(module: nn.Module) -> bool:
+    """Whether a module is a model's own kind of Linear (Falcon's, say), with an ordinary weight."""
+    weight = module._parameters.get("weight")
+    own = plain_kind(module).__module__.startswith("transformers.models.") and isinstance(module, nn.Linear)
+    return own and weight is not None and weight.ndim == 2 and weight.is_floating_point()
+
+
 def is_gated(module: nn.Module) -> bool:
     return type(module) in PLAIN or isinstance(module, GatedParameter)
 
@@ -284,15 +292,45 @@ def _select_bias_argument(module, args, kwargs):
     return args, kwargs
 
 
-def select_heads_(module: nn.Module, how: str, heads: list[int]) -> None:
+def _select_named_argument(module: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    name, dim, full = module.hfc_argument
+    if kwargs.get(name) is not None:
+        return args, {**kwargs, name: _chosen(kwargs[name], dim, full, module.hfc_heads)}
+    position = list(inspect.signature(module.forward).parameters).index(name)
+    if len(args) > position and args[position] is not None:
+        args = (*args[:position], _chosen(args[position], dim, full, module.hfc_heads), *args[position + 1 :])
+    return args, kwargs
+
+
+def _chosen(tensor: torch.Tensor, dim: int, full: int, heads: list[int]) -> torch.Tensor:
+    """The rows of these heads, of a dimension that holds all heads once or once a sample (BLOOM)."""
+    if tensor.shape[dim] == full:
+        return tensor.index_select(dim, torch.tensor(heads, device=tensor.device))
+    by_head = tensor.unflatten(dim, (-1, full))
+    return by_head.index_select(dim + 1, torch.tensor(heads, device=tensor.device)).flatten(dim, dim + 1)
+
+
+def _select_output(module: Any, _args: Any, output: torch.Tensor) -> torch.Tensor:
+    return output[..., module.hfc_heads]
+
+
+def select_heads_(module: nn.Module, how: str, heads: list[int], argument: tuple[str, int, int] | None = None) -> None:
     """Let an attention use only these heads of a position bias that is computed once for a whole stack.
 
     `how`: `"interface"` where the bias travels through the attention function (T5), `"argument"` where it arrives as
-    an argument of the module (MPNet).
+    an argument of the module (MPNet), `"output"` where the module is a norm over all heads, of whose output these columns
+    are used (OLMo 2).
+
+    `argument`: which argument, along which dimension, of how many heads; MPNet's if left out.
     """
     if not hasattr(module, "hfc_heads"):
         if how == "interface":
             module.config = ConfigView(module.config, _attn_implementation=SELECT)  # type: ignore[assignment]
+        elif argument is not None:
+            module.hfc_argument = tuple(argument)  # type: ignore[assignment]
+            module.register_forward_pre_hook(_select_named_argument, with_kwargs=True)
+        elif how == "output":
+            module.register_forward_hook(_select_output)
         else:
             module.register_forward_pre_hook(_select_bias_argument, with_kwargs=True)
     module.hfc_heads = list(heads)  # type: ignore[assignment]

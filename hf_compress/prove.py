@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
@@ -12,9 +13,10 @@ from typing import Any
 import torch
 from torch import nn
 from tqdm.auto import tqdm
+from transformers.pytorch_utils import Conv1D
 
-from .coupling import SHARED, coupled
-from .cutting import INDEX, Cut, Variant, cut_, unit_columns, variants
+from .coupling import ARGUMENT, SHARED, coupled
+from .cutting import INDEX, Block, Cut, Variant, cut_, unit_columns, variants
 from .discover import Attention, Part
 from .edits import CompressionError
 from .modules import gate_, ungate_
@@ -179,7 +181,7 @@ def _prove_structure(
     key = (_signature(free), block.size, block.name[len(scope) :], block.out[len(scope) :])
     gate = gate_(out, consumer=block.consumer)
     if key not in known:
-        known[key] = _find_parts(free, block, gate, lambda: free(*args, **kwargs))
+        known[key] = _find_parts(free, block, gate, args, kwargs)
     plain = tensors_in(free(*args, **kwargs))[:1]
     gate.copy_(cut.gate())
     masked = tensors_in(free(*args, **kwargs))[:1]
@@ -190,9 +192,19 @@ def _prove_structure(
         )
     parts = tuple(replace(part, module=f"{scope}.{part.module}".strip(".")) for part in known[key])
     for part in parts:
-        check_part(modules, part)
+        if part.argument is None:
+            check_part(modules, part)
     check_sharing(modules, block, parts)
-    for variant in variants(block, parts):
+    _check_separable(free, block, parts, scope)
+    norms = tuple(
+        part.module
+        for part in parts
+        if part.parameter == "weight"
+        and part.owner is not None
+        and modules[part.module]._parameters["weight"].ndim == 1  # type: ignore[union-attr]
+        and "Norm" in type(modules[part.module]).__name__
+    )
+    for variant in variants(block, parts, norms):
         double = copy.deepcopy(free)
         try:
             cut_(_finder(double, scope), cut, variant)
@@ -209,6 +221,33 @@ def _prove_structure(
     )
 
 
+MAKERS = (nn.Linear, Conv1D, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)
+
+
+def _check_separable(free: nn.Module, block: Block, parts: tuple[Part, ...], scope: str) -> None:
+    """Refuse units that nothing makes alone, with the norm that mixes them if there is one."""
+    for part in parts:
+        module = _finder(free, scope)(part.module)
+        weight = None if part.argument else module._parameters.get(part.parameter or "weight")
+        reads = part.module == block.out and (block.consumer is None or part.parameter == block.consumer[0])
+        if not reads and weight is not None and (isinstance(module, MAKERS) or weight.ndim == 3):
+            return  # something makes this unit and no other
+    out = _finder(free, scope)(block.out)
+    size = out.hfc_gate.numel()  # type: ignore[union-attr,operator]
+    mixers = [
+        name
+        for name, module in free.named_modules()
+        if any(p is not None and p.numel() == size and max(p.shape) == size for p in module._parameters.values())
+        and not isinstance(module, MAKERS)
+    ]
+    units = "head" if isinstance(block, Attention) else "neuron"
+    what = f"a norm over all ({mixers[0]!r})" if mixers else "something that mixes them"
+    raise CompressionError(
+        f"Cannot cut {block.name!r}: between its {units}s and its output projection {block.out!r} lies {what}, so no "
+        f"{units} can be removed without changing the others. Leave it out of the plan."
+    )
+
+
 def _signature(module: nn.Module) -> tuple:
     """What two modules must have in common for the same rows of them to belong together."""
     rows = []
@@ -219,11 +258,17 @@ def _signature(module: nn.Module) -> tuple:
     return tuple(rows)
 
 
-def _find_parts(free: nn.Module, block: Any, gate: torch.Tensor, run: Callable[[], Any]) -> tuple[Part, ...]:
+def _find_parts(free: nn.Module, block: Block, gate: torch.Tensor, args: Any, kwargs: Any) -> tuple[Part, ...]:
     """The parts of a block, with the units that their rows belong to; modules are named from `free`."""
+    names = list(inspect.signature(free.forward).parameters)
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    floats = {k: v.clone().requires_grad_() for k, v in given.items() if _is_float(v)} if isinstance(block, Attention) else {}
+    positions = [floats.get(name, value) for name, value in zip(names, args, strict=False)]
+    named = {name: floats.get(name, value) for name, value in kwargs.items()}
 
     def find(units: torch.Tensor) -> dict:
-        return coupled(free, gate, units, run, functools.partial(_randomize, free))
+        redraw = functools.partial(_randomize, free)
+        return coupled(free, gate, units, lambda: free(*positions, *args[len(names) :], **named), redraw, floats)
 
     columns = unit_columns(block)
     owners = find(columns)
@@ -233,7 +278,19 @@ def _find_parts(free: nn.Module, block: Any, gate: torch.Tensor, run: Callable[[
             owners[place] = torch.where((head < 0) & (group >= 0), block.num_heads + group, head)
     shared = isinstance(block, Attention) and block.shared_bias
     whole = {name for name, part in free.named_modules() if shared and isinstance(part, nn.Embedding)}
-    return tuple(Part(name, dim, ("computed",), key, owner) for (name, key, dim), owner in owners.items() if name not in whole)
+    parts = []
+    for (name, key, dim), owner in owners.items():
+        if name == ARGUMENT:
+            here = hasattr(free, "hfc_argument") and free.hfc_argument[0] == key  # type: ignore[index]
+            if here or (not shared and torch.equal(owner, torch.arange(len(owner)) % block.size)):
+                parts.append(Part("", dim, ("argument",), None, owner, key))
+        elif name not in whole:
+            parts.append(Part(name, dim, ("computed",), key, owner))
+    return tuple(parts)
+
+
+def _is_float(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.is_floating_point()
 
 
 def _compare(expected: Any, got: Any, what: str, first_only: bool = False) -> None:

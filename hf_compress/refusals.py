@@ -9,7 +9,7 @@ from torch.nn.utils import parametrize, prune
 from transformers.pytorch_utils import Conv1D
 
 from .cutting import Block, Cut, is_plain_linear
-from .discover import Part
+from .discover import FeedForward, Part
 from .edits import CompressionError
 from .loader import compression_of
 from .masking import skip_layer
@@ -55,6 +55,24 @@ def check_modules(model: nn.Module, cuts: list[Cut]) -> None:
             check_part(modules, part)
 
 
+def check_experts(model: nn.Module, cuts: list[Cut]) -> None:
+    """Refuse neurons of experts that the kernel which the model is set to cannot multiply."""
+    for cut in cuts:
+        module = model.get_submodule(cut.block.out)
+        kernel = getattr(getattr(module, "config", None), "_experts_implementation", None)
+        if cut.block.consumer is None or kernel != "grouped_mm" or not isinstance(cut.block, FeedForward):
+            continue
+        weight = module._parameters[cut.block.consumer[0]]
+        assert weight is not None
+        multiple = 16 // weight.element_size()
+        if multiple > 1 and len(cut.kept) % multiple:
+            raise CompressionError(
+                f"KeepNeurons({cut.block.name!r}) keeps {len(cut.kept)} neurons of every expert, and the kernel of this "
+                f"model (grouped_mm) takes rows of 16 bytes: in {weight.dtype}, a multiple of {multiple} (8 fits every "
+                "dtype; round_to=8 in planners). Or model.set_experts_implementation('eager') before cutting."
+            )
+
+
 def check_part(modules: Mapping[str, nn.Module], part: Part) -> None:
     """Refuse a projection whose weight cannot be sliced."""
     module = modules[part.module]
@@ -93,6 +111,8 @@ def check_masks(model: nn.Module, cuts: list[Cut]) -> None:
 def check_sharing(modules: Mapping[str, nn.Module], block: Block, parts: Iterable[Part]) -> None:
     """Refuse weights that another module uses as well: cutting one would untie or break the other."""
     for part in parts:
+        if part.argument is not None:
+            continue
         module = modules[part.module]
         keys = ("weight", "weight_in", "bias") if part.parameter is None else (part.parameter,)
         for key in keys:

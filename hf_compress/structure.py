@@ -19,6 +19,7 @@ class Part:
     parameter: str | None = None  # None: weight and bias of a Linear
     # the unit of each index, where it was found from the computation (`coupling.coupled`); -1 stays in any case
     owner: torch.Tensor | None = field(default=None, compare=False, repr=False)
+    argument: str | None = None  # not a tensor of the module but one that its forward is given, by name
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from .plan import Plan
 from .probe import difference, owners_in, probing, tensors_in, tolerance
 from .prove import prove
 from .record import stamp_
-from .refusals import check_adapters, check_foreign, check_masks, check_modules
+from .refusals import check_adapters, check_experts, check_foreign, check_masks, check_modules
 from .resolve import Resolved, resolve
 from .stacks import config_numbers, remove_layers_
 from .substitute import Substitution, names_given, substitute_
@@ -199,6 +199,7 @@ def _cut(model: nn.Module, plan: Plan, inputs: Mapping[str, Any] | None, undo: U
     check_adapters(model)
     check_modules(model, cuts)
     check_masks(model, cuts)
+    check_experts(model, cuts)
     touched = [cut.block.name for cut in cuts] + list(removed)
     owners = [(n, o) for n, o in owners_in(model) if not n or any(t.startswith(f"{n}.") for t in touched)]
     numbers = {name: config_numbers(owner) for name, owner in owners}

@@ -148,7 +148,7 @@ def _measure(
         return {b.name: how.reduce(count_units(b), seed=seed * 100_003 + order[b.name]) for b in wanted}
     if batches is None:
         raise CompressionError(f"score={score!r} is measured on data: pass batches, or use 'magnitude' or 'random'.")
-    check_measurable(wanted, score)
+    check_measurable(model, wanted, score)
     outs = {block.out: block for block in wanted}
     if how.needs == "gradient":
         rows = _derivatives(model, outs, batches, loss_fn, score)

@@ -65,7 +65,13 @@ class PruningRun:
                 raise CompressionError(f"{type(model).__name__} has no {what} that can be cut; see discover(model).")
         self.outs = {block.name: model.get_submodule(block.out) for block in self.blocks}
         self.consumers = {block.name: block.consumer for block in self.blocks}
-        check_measurable(self.blocks, options["score"])
+        check_measurable(model, self.blocks, options["score"])
+        own = next((block for block in self.blocks if block.consumer is not None), None)
+        if own is not None and self.how.needs == "activation":
+            raise CompressionError(
+                f"score={options['score']!r} is counted by our own Linear, and {own.out!r} is a "
+                f"{type(self.outs[own.name]).__name__}. Use score='taylor' or 'magnitude'."
+            )
         self.first = max(1, round(options["start"] * max_steps))
         self.last = self.first if options["schedule"] == "one_shot" else max(self.first, round(options["end"] * max_steps))
         self.every = options["every"] or max(1, (self.last - self.first) // 20)

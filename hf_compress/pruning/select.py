@@ -42,9 +42,9 @@ def check_seed(seed: int) -> None:
         raise CompressionError(f"seed must be a whole number in [0, 2**31), got {seed!r}.")
 
 
-def check_measurable(blocks: Sequence[Block], score: str) -> None:
+def check_measurable(model: nn.Module, blocks: Sequence[Block], score: str) -> None:
     """Refuse a score that is read where a projection is called, for blocks that call none."""
-    bare = [block for block in blocks if block.consumer is not None]
+    bare = [b for b in blocks if b.consumer is not None and not isinstance(model.get_submodule(b.out), nn.Linear)]
     if bare and SCORES[score].needs in ("gradient", "activation"):
         raise CompressionError(
             f"score={score!r} is read from what enters a projection, and {bare[0].name!r} ({len(bare)} such blocks) hands its "
@@ -114,6 +114,8 @@ def weight_squares(model: nn.Module, block: Block, found: Mapping[str, tuple[Par
         belongs = torch.eye(units)  # a neuron is its own unit
     total = torch.zeros(units)
     for part in found.get(block.name, block.parts):
+        if part.argument is not None:
+            continue
         module = model.get_submodule(part.module)
         owner = owners(part.layouts[0], block) if part.owner is None else part.owner
         if isinstance(module, nn.Linear | Conv1D):
