@@ -51,6 +51,8 @@ DOWN = re.compile(
 )
 NESTED = re.compile(r"intermediate|output|ffn|mlp|feed")
 FEED_FORWARD = re.compile(r"MLP|Mlp|FeedForward|FFN|Ffn|FFLayer|SwiGLU|GLU|Projector")
+# neurons with a memory between the projections: not feed-forward
+MIXER = re.compile(r"Mamba|SSM|Recurrent|DeltaNet|Rwkv|ShortConv|LinearAttention|ConvolutionModule|ConformerConv")
 # whatever an `up` of a later sibling is called: registered after the projection that it feeds
 LATE_UP = ("w3", "up_proj", "gate_proj", "up", "gate")
 
@@ -179,7 +181,7 @@ def ffns_in(modules: dict[str, nn.Module], taken: set[str]) -> Iterator[FeedForw
     seen: set[str] = set()
     names: set[str] = set()
     for name, module in modules.items():
-        if isinstance(module, nn.ModuleList | nn.ModuleDict):
+        if isinstance(module, nn.ModuleList | nn.ModuleDict) or MIXER.search(type(module).__name__):
             continue
         experts = _experts(name, module)
         if experts is not None:
@@ -187,46 +189,56 @@ def ffns_in(modules: dict[str, nn.Module], taken: set[str]) -> Iterator[FeedForw
             continue
         by_class = bool(FEED_FORWARD.search(type(module).__name__)) or type(module) is nn.Sequential
         direct = _deep(module) if by_class else projections(module)
-        linears = {join(name, path): n for n, path in direct.items()}
-        linears = {path: n for path, n in linears.items() if path not in taken}
-        if not linears:  # BERT: intermediate.dense and output.dense, one level down
-            linears = {
-                join(name, child_name, path): n
-                for child_name, child in module.named_children()
-                if NESTED.search(child_name) and not isinstance(child, nn.ModuleList | nn.ModuleDict)
-                for n, path in projections(child).items()
-                if join(name, child_name, path) not in taken
-            }
-        order = list(linears)
-        for position, down in enumerate(order):
-            if down in seen or not (DOWN.match(linears[down]) or by_class):
-                continue
-            inner, hidden = width(modules[down], 1), width(modules[down], 0)
-            ups = [
-                up
-                for up in order
-                if up != down
-                and (UP.match(linears[up]) or by_class)
-                and (width(modules[up], 1) == hidden or by_class)
-                and width(modules[up], 0) in (inner, 2 * inner)
-                and (order.index(up) < position or linears[up] in LATE_UP)
-            ]
-            if by_class and ups:  # an MLP of several layers: what feeds this one, not what came before
-                nearest = width(modules[ups[-1]], 1)
-                ups = [up for up in ups if width(modules[up], 1) == nearest]
-                if not any(UP.match(linears[up]) for up in ups):
-                    ups = ups[-1:]
-            if not ups:
-                continue
-            seen.add(down)
-            parts = [Part(up, 0, ("n",) if width(modules[up], 0) == inner else FUSED_UP_LAYOUTS) for up in ups]
-            scope = _scope(modules, [*ups, down])
-            meet = _meet([*ups, down]) or down
-            if meet in names:  # LiLT: two blocks in one layer
-                meet = down
-            names.add(meet)
-            consumer = ("weight", 1) if is_own_linear(modules[down]) else None
-            yield FeedForward(meet, inner, down, (*parts, Part(down, 1, ("n",))), scope, consumer)
+        nested = {
+            join(child_name, path): n
+            for child_name, child in module.named_children()
+            if NESTED.search(child_name) and not isinstance(child, nn.ModuleList | nn.ModuleDict)
+            for n, path in projections(child).items()
+        }
+        for group in (
+            {path: n for n, path in direct.items()},
+            nested,
+        ):  # BERT: intermediate.dense, output.dense, one level down
+            linears = {join(name, path): n for path, n in group.items() if join(name, path) not in taken}
+            found = [(down, ups) for down, ups in _pairs(modules, linears, by_class) if down not in seen]
+            for down, ups in found:
+                seen.add(down)
+                inner = width(modules[down], 1)
+                parts = [Part(up, 0, ("n",) if width(modules[up], 0) == inner else FUSED_UP_LAYOUTS) for up in ups]
+                scope = _scope(modules, [*ups, down])
+                meet = _meet([*ups, down]) or down
+                if meet in names:  # LiLT: two blocks in one layer
+                    meet = down
+                names.add(meet)
+                consumer = ("weight", 1) if is_own_linear(modules[down]) else None
+                yield FeedForward(meet, inner, down, (*parts, Part(down, 1, ("n",))), scope, consumer)
+            if found:
+                break
+
+
+def _pairs(modules: dict[str, nn.Module], linears: dict[str, str], by_class: bool) -> Iterator[tuple[str, list[str]]]:
+    """(down projection, its up projections) among these, in order; `by_class`: whatever they are called."""
+    order = list(linears)
+    for position, down in enumerate(order):
+        if not (DOWN.match(linears[down]) or by_class):
+            continue
+        inner, hidden = width(modules[down], 1), width(modules[down], 0)
+        ups = [
+            up
+            for up in order
+            if up != down
+            and (UP.match(linears[up]) or by_class)
+            and (width(modules[up], 1) == hidden or by_class)
+            and width(modules[up], 0) in (inner, 2 * inner)
+            and (order.index(up) < position or linears[up] in LATE_UP)
+        ]
+        if by_class and ups:  # an MLP of several layers: what feeds this one, not what came before
+            nearest = width(modules[ups[-1]], 1)
+            ups = [up for up in ups if width(modules[up], 1) == nearest]
+            if not any(UP.match(linears[up]) for up in ups):
+                ups = ups[-1:]
+        if ups:
+            yield down, ups
 
 
 # (up projections, down projection) of experts whose weights are one tensor

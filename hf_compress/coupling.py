@@ -84,8 +84,9 @@ def coupled(
     found = {place: owner for place, owner in owners.items() if bool((owner >= 0).any())}
     for (name, key, dim), owner in list(found.items()):
         dead = owner == DEAD
-        sibling = found.get((name, "weight", 0))
-        if bool(dead.any()) and key == "bias" and sibling is not None and len(sibling) == len(owner):
+        rows = [found.get((name, "weight", d)) for d in (0, 1)]  # a Conv1D has its outputs last
+        sibling = next((o for o in rows if o is not None and len(o) == len(owner)), None)
+        if bool(dead.any()) and key == "bias" and sibling is not None:
             owner = torch.where(dead, sibling, owner)  # a key's bias moves all scores alike: softmax does not see it
         found[name, key, dim] = owner.where(owner >= 0, SHARED)
     return found
@@ -138,8 +139,10 @@ def _watch(module: nn.Module, seen: dict[Place, torch.Tensor], stack: ExitStack)
             for key, tensor in kind.items():
                 if tensor is None or not tensor.is_floating_point() or not tensor.ndim or id(tensor) in known:
                     continue
-                if key in ("hfc_gate", "hfc_active"):
-                    continue
+                if key in ("hfc_gate", "hfc_active") or (
+                    kind is part._buffers and isinstance(part, nn.modules.batchnorm._BatchNorm)
+                ):
+                    continue  # running statistics have no gradient; they follow the weight
                 if kind is part._buffers:
                     leaf = tensor.detach().clone().requires_grad_()
                     stack.callback(kind.__setitem__, key, tensor)

@@ -10,15 +10,18 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from .candidates import join
 from .discover import Attention, FeedForward, Part, owners
 from .modules import (
     GATED,
     ConfigView,
+    HeadCount,
     LockedLinear,
     factor,
     gate_,
     is_gated,
     is_own_linear,
+    narrow_,
     select_heads_,
     ungate_,
     width_attribute,
@@ -74,14 +77,19 @@ class Variant:
     parts: tuple[Part, ...]
     config: bool = False  # from a config
     wide: bool = False  # from attributes whose names say nothing
+    divides: bool = False  # from the width of what comes in, divided by the number of heads
+    narrow: bool = False  # from a width that it names
     after: tuple[str, ...] = ()  # norms over all heads: what goes in stays whole, and the heads are chosen from what comes out
 
 
 def variants(block: Block, parts: tuple[Part, ...], norms: tuple[str, ...] = ()) -> list[Variant]:
     """Every guess about how a block's forward takes its sizes, the likeliest first. A proof picks the first that holds."""
-    views = (False, True) if isinstance(block, Attention) else (False,)
-    chosen = ((), norms) if norms and isinstance(block, Attention) else ((),)
-    return [Variant(parts, config, wide, after) for wide in (False, True) for after in chosen for config in views]
+    if not isinstance(block, Attention):
+        return [Variant(parts, wide=wide) for wide in (False, True)]
+    chosen = ((), norms) if norms else ((),)
+    views: list[dict[str, bool]] = [{}, {"config": True}, {"divides": True}, {"wide": True}, {"wide": True, "config": True}]
+    views += [{"narrow": True}, {"narrow": True, "divides": True}]
+    return [Variant(parts, after=after, **view) for view in views for after in chosen]
 
 
 def cut_(get: Callable[[str], nn.Module], cut: Cut, variant: Variant, undo: Undo | None = None) -> dict[str, dict[str, Any]]:
@@ -128,16 +136,26 @@ def cut_(get: Callable[[str], nn.Module], cut: Cut, variant: Variant, undo: Undo
                     _set(module, attribute, len(rows), entry, undo)
     owner = get(block.name)
     entry = record.setdefault(block.name, {})
-    named = _sizes(cut)
+    named = [size for size in _sizes(cut) if not (variant.narrow and size[0] in INNER)]
     for name, old, new in named:
         value = getattr(owner, name, None)
         if isinstance(value, int) and not isinstance(value, bool) and value == old and old != new:
             _set(owner, name, new, entry, undo)
+            full = (value.width, value.head_dim) if isinstance(value, HeadCount) else (old * _dim(block), _dim(block))
+            if isinstance(value, HeadCount) or (variant.divides and name in HEADS):
+                owner.__dict__[name] = HeadCount(new, *full)
+                entry.setdefault("divides", {})[name] = list(full)
+    if variant.narrow and isinstance(block, Attention):
+        _narrow(owner, block.size * block.head_dim, len(cut.kept) * block.head_dim, entry, undo)
     if variant.wide:
         _set_wide(get, cut, variant, {**sizes, **{old: new for _, old, new in reversed(named)}}, record, undo)
     if isinstance(block, Attention):
         _adapt(owner, block, cut, variant, entry, undo)
     return {name: entry for name, entry in record.items() if entry}
+
+
+def _dim(block: Block) -> int:
+    return block.head_dim if isinstance(block, Attention) else 1
 
 
 def size_attributes(module: nn.Module, key: str, dim: int) -> tuple[str, ...]:
@@ -160,7 +178,10 @@ def _set_wide(
     get: Callable[[str], nn.Module], cut: Cut, variant: Variant, sizes: dict[int, int], record: dict, undo: Undo
 ) -> None:
     """Let every whole number that a module of the block holds, and that was one of its sizes, follow. A guess; it is proved."""
-    for path in dict.fromkeys([cut.block.name, *(part.module for part in variant.parts)]):
+    owner = cut.block.name
+    paths = [join(owner, name) for name, _ in get(owner).named_modules()]
+    paths += [path for part in variant.parts for path in (part.module, part.module.rpartition(".")[0])]
+    for path in dict.fromkeys(paths):
         module = get(path)
         if isinstance(module, nn.Linear | Conv1D | nn.Embedding | nn.Conv1d | nn.Conv2d | nn.Conv3d):
             continue
@@ -240,6 +261,22 @@ def _select(
         chosen = [row for row in chosen if row in set(before)]  # type: ignore[arg-type]
     select_heads_(module, how, chosen, argument)
     entry["heads"] = {"how": how, "keep": chosen, **({} if argument is None else {"argument": list(argument)})}
+
+
+def _narrow(module: Any, old: int, new: int, entry: dict, undo: Undo) -> None:
+    kind, before = type(module), module.__dict__.get("hfc_width")
+
+    def restore() -> None:
+        module.__class__ = kind
+        if before is None:
+            module.__dict__.pop("hfc_width", None)
+        else:
+            module.__dict__["hfc_width"] = before
+
+    undo.append(restore)
+    full = old if before is None else before[0]
+    narrow_(module, full, new)
+    entry["narrow"] = [full, new]
 
 
 def _ungate(module: nn.Module, block: Block, undo: Undo) -> None:

@@ -19,7 +19,19 @@ from .edits import CompressionError, from_spans, spans_of
 from .exits.options import check_options
 from .exits.runtime import attach_exits_
 from .kinds import check_kinds, follow_ties_, make_
-from .modules import PLAIN, ConfigView, LockedLinear, gate_, is_gated, lock_, plain_kind, select_heads_, width
+from .modules import (
+    PLAIN,
+    ConfigView,
+    HeadCount,
+    LockedLinear,
+    gate_,
+    is_gated,
+    lock_,
+    narrow_,
+    plain_kind,
+    select_heads_,
+    width,
+)
 from .quantization import is_quantized
 from .stacks import carry_, config_parts, counts_layers
 
@@ -239,7 +251,16 @@ def _part_of(model: nn.Module, name: str, parts: dict[str, Any]) -> str:
 
 def check(layout: Any) -> Layout:
     """A layout as it came from a file, or a refusal: only known keys, of the types that this package writes."""
-    kinds = {"shapes": dict, "attributes": dict, "config": dict, "heads": dict, "lock": bool, "kinds": list}
+    kinds = {
+        "shapes": dict,
+        "attributes": dict,
+        "config": dict,
+        "heads": dict,
+        "lock": bool,
+        "kinds": list,
+        "divides": dict,
+        "narrow": list,
+    }
     if not isinstance(layout, dict) or not isinstance(layout.get("modules"), dict):
         raise CompressionError("The checkpoint's compression layout is not whole: it has no 'modules'.")
     for key, kind in (("layers", list), ("gates", str)):
@@ -274,6 +295,11 @@ def check(layout: Any) -> Layout:
             for attribute, value in entry.get(key, {}).items():
                 if type(value) is not int or attribute.startswith("_"):
                     raise CompressionError(f"The layout sets {name}.{attribute} to {value!r}; only whole numbers can be set.")
+        if [type(n) for n in entry.get("narrow", [1, 1])] != [int, int]:
+            raise CompressionError(f"The layout narrows {name!r} by {entry['narrow']!r}; two widths were expected.")
+        for attribute, full in entry.get("divides", {}).items():
+            if [type(n) for n in full] != [int, int] or min(full) < 1 or attribute not in entry.get("attributes", {}):
+                raise CompressionError(f"The layout says that {name}.{attribute} divides {full!r}; two widths were expected.")
         heads = entry.get("heads")
         if heads is not None and (
             heads.get("how") not in ("interface", "argument", "output")
@@ -362,6 +388,10 @@ def _replay_module(name: str, module: nn.Module, entry: Mapping[str, Any]) -> No
         if type(getattr(module, key, None)) is not int:
             raise CompressionError(f"The checkpoint sets {name}.{key}, which this model does not have: another architecture.")
         setattr(module, key, value)
+    for key, full in entry.get("divides", {}).items():
+        setattr(module, key, HeadCount(getattr(module, key), *full))
+    if entry.get("narrow"):
+        narrow_(module, *entry["narrow"])
     if entry.get("config"):
         module.config = ConfigView(module.config, **entry["config"])  # type: ignore[assignment]
     if entry.get("heads"):

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 import sys
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -215,7 +217,9 @@ def is_gated(module: nn.Module) -> bool:
 
 def plain_kind(module: nn.Module) -> type:
     """The class of a module without its gate."""
-    return type(module).__mro__[2] if isinstance(module, GatedParameter) else PLAIN.get(type(module), type(module))
+    if isinstance(module, GatedParameter):
+        return type(module).__mro__[2]
+    return PLAIN.get(type(module), getattr(type(module), "hfc_plain", type(module)))
 
 
 # --- locks -------------------------------------------------------------------------------------------------------
@@ -266,6 +270,83 @@ class ConfigView:
         if name.startswith("__") or name == "_hfc_base":  # copy and pickle ask before there is a base
             raise AttributeError(name)
         return getattr(self._hfc_base, name)
+
+
+class HeadCount(int):
+    """A number of heads that divides a width as the full number did: for forwards that say `width // self.num_heads`.
+
+    The heads that were cut away do not make those that stay larger, but a model whose forward takes the size of a head from
+    the width of what comes in (BLIP) would say so.
+
+    Example:
+
+    ```python
+    >>> from hf_compress.modules import HeadCount
+    >>> heads = HeadCount(2, width=64, head_dim=16)
+    >>> heads, 64 // heads, 2 * heads, 6 // heads
+    (2, 16, 4, 3)
+
+    ```
+    """
+
+    width: int
+    head_dim: int
+
+    def __new__(cls, heads: int, width: int, head_dim: int) -> HeadCount:
+        self = super().__new__(cls, heads)
+        self.width, self.head_dim = width, head_dim
+        return self
+
+    def __rfloordiv__(self, other: int) -> int:
+        return self.head_dim if other == self.width else int(other) // int(self)
+
+    def __reduce__(self):
+        return HeadCount, (int(self), self.width, self.head_dim)
+
+
+class _Narrower(TorchFunctionMode):
+    """Where a tensor is brought into a shape that it does not fill, `old` in that shape means `new`."""
+
+    def __init__(self, old: int, new: int) -> None:
+        super().__init__()
+        self.old, self.new = old, new
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func in (torch.Tensor.reshape, torch.Tensor.view, torch.reshape) and len(args) > 1:
+            given = args[1:] if isinstance(args[1], int) else args[1]
+            if isinstance(given, tuple | list) and -1 not in given and self.old in given:
+                there = list(given)
+                if math.prod(there) != args[0].numel():
+                    there[len(there) - 1 - there[::-1].index(self.old)] = self.new
+                    args = (args[0], there)
+        return func(*args, **(kwargs or {}))
+
+
+@functools.cache
+def _narrow_class(kind: type) -> type:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        with _Narrower(*self.hfc_width):
+            return kind.forward(self, *args, **kwargs)
+
+    members = {"forward": forward, "hfc_plain": kind, "__module__": kind.__module__, "__qualname__": kind.__qualname__}
+    return type(kind.__name__, (kind,), {**members, "__reduce_ex__": _reduce_narrow})
+
+
+def _reduce_narrow(self: Any, protocol: int) -> Any:
+    return _rebuild_narrow, (type(self).hfc_plain, self.__dict__)
+
+
+def _rebuild_narrow(kind: type, state: dict[str, Any]) -> Any:
+    module = object.__new__(_narrow_class(kind))
+    module.__dict__.update(state)
+    return module
+
+
+def narrow_(module: Any, old: int, new: int) -> None:
+    """Let an attention whose forward names its full width when it puts the heads together (Longformer) name what is left."""
+    if "hfc_width" not in module.__dict__:
+        module.__class__ = _narrow_class(type(module))
+    module.__dict__["hfc_width"] = [old, new]
 
 
 SELECT = "hf_compress_select_heads"

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 from tqdm.auto import tqdm
+from transformers import Cache
 from transformers.pytorch_utils import Conv1D
 
 from .coupling import ARGUMENT, SHARED, coupled
@@ -61,7 +62,7 @@ def prove(model: nn.Module, cuts: list[Cut], run: Callable[[], list[Any]], maske
     known: dict[Any, tuple[Part, ...]] = {}  # what was found for blocks that are built alike
 
     def remember(scope: str, module: nn.Module, args: Any, kwargs: Any) -> None:
-        given[scope].append((args, kwargs))  # as they are before any hook of the module changes them
+        given[scope].append((_Fresh(args)(), _Fresh(kwargs)()))  # as they are before a hook or the forward itself changes them
 
     def stand_in(scope: str, module: nn.Module, _args: Any, _kwargs: Any, output: Any) -> Any:
         args, kwargs = given[scope].pop()
@@ -71,6 +72,7 @@ def prove(model: nn.Module, cuts: list[Cut], run: Callable[[], list[Any]], maske
         for cut in group:
             if cut.block.name not in proved:
                 proved[cut.block.name] = _prove_structure(modules, scope, group, cut, args, kwargs, known)
+        args, kwargs = _Fresh(args)(), _Fresh(kwargs)()
         double = _copy(module)
         for cut in group:
             cut_(_finder(double, scope), cut, proved[cut.block.name])
@@ -167,6 +169,7 @@ def _prove_structure(
         return tensor.detach().float() if tensor.is_floating_point() else tensor
 
     args, kwargs = map_tensors(args, to_float), map_tensors(kwargs, to_float)
+    args, kwargs = _Fresh(args), _Fresh(kwargs)
     free = _copy(module).float()
     block, out = cut.block, _finder(free, scope)(cut.block.out)
     for other in group:
@@ -181,10 +184,10 @@ def _prove_structure(
     key = (_signature(free), block.size, block.name[len(scope) :], block.out[len(scope) :])
     gate = gate_(out, consumer=block.consumer)
     if key not in known:
-        known[key] = _find_parts(free, block, gate, args, kwargs)
-    plain = tensors_in(free(*args, **kwargs))[:1]
+        known[key] = _find_parts(free, block, gate, args(), kwargs())
+    plain = tensors_in(free(*args(), **kwargs()))[:1]
     gate.copy_(cut.gate())
-    masked = tensors_in(free(*args, **kwargs))[:1]
+    masked = tensors_in(free(*args(), **kwargs()))[:1]
     if not plain or (len(cut.kept) < block.size and difference(plain[0][1], masked[0][1]) == 0.0):
         raise CompressionError(
             f"Cannot prove a cut of {block.name!r}: masking its output projection {block.out!r} changes nothing, "
@@ -204,21 +207,39 @@ def _prove_structure(
         and modules[part.module]._parameters["weight"].ndim == 1  # type: ignore[union-attr]
         and "Norm" in type(modules[part.module]).__name__
     )
+    reason = ""
     for variant in variants(block, parts, norms):
         double = copy.deepcopy(free)
         try:
             cut_(_finder(double, scope), cut, variant)
-            worst = difference(masked[0][1], tensors_in(double(*args, **kwargs))[0][1])
+            worst = difference(masked[0][1], tensors_in(double(*args(), **kwargs()))[0][1])
         except Exception as error:  # a wrong guess may break a forward in any way; the next one is tried
-            reason = f"{type(error).__name__}: {str(error).splitlines()[0]}" if str(error) else type(error).__name__
+            what = f"{type(error).__name__}: {str(error).splitlines()[0]}" if str(error) else type(error).__name__
+            reason = reason or f"its forward does not run with fewer ({what})"
             continue
         reason = f"cut and mask differ by {worst:.1e} of the largest output"
         if worst <= tolerance(torch.float32):
             return variant
+    mixed = sorted({part.module for part in block.parts if part.dim == 0} - {part.module for part in parts})
+    units = "heads" if isinstance(block, Attention) else "neurons"
+    if mixed:
+        reason = f"every row of {', '.join(map(repr, mixed))} serves several of its {units} at once; {reason}"
     raise CompressionError(
         f"Cannot cut {block.name!r} ({type(module).__name__}) exactly, so nothing was changed: {reason}. "
-        "Its heads or neurons are tied to something that is not known here; leave it out of the plan."
+        f"Its {units} are tied to something that is not known here; leave it out of the plan."
     )
+
+
+class _Fresh:
+    """Arguments of a call that is made many times: a cache, which every call fills, is copied each time."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __call__(self) -> Any:
+        if isinstance(self.value, dict):
+            return {k: copy.deepcopy(v) if isinstance(v, Cache) else v for k, v in self.value.items()}
+        return type(self.value)(copy.deepcopy(v) if isinstance(v, Cache) else v for v in self.value)
 
 
 MAKERS = (nn.Linear, Conv1D, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)
@@ -268,7 +289,8 @@ def _find_parts(free: nn.Module, block: Block, gate: torch.Tensor, args: Any, kw
 
     def find(units: torch.Tensor) -> dict:
         redraw = functools.partial(_randomize, free)
-        return coupled(free, gate, units, lambda: free(*positions, *args[len(names) :], **named), redraw, floats)
+        more = args[len(names) :]
+        return coupled(free, gate, units, lambda: free(*_Fresh(tuple(positions))(), *more, **_Fresh(named)()), redraw, floats)
 
     columns = unit_columns(block)
     owners = find(columns)
