@@ -81,6 +81,8 @@ def attentions_in(modules: dict[str, nn.Module]) -> Iterator[Attention]:
         fused = [n for n in linears if FUSED.match(n)]
         named = bool(q and k and v) or bool(fused)
         by_class = bool(ATTENTION.search(kind)) and bool(q or k or v or fused)
+        if any(isinstance(child, nn.Conv1d) for child in module.children()):
+            continue  # linear attention with a convolution over time, whose state a cache keeps: its heads are not offered
         if not (named or by_class) or NO_ATTENTION.search(kind) or OPAQUE.fullmatch(kind):
             continue
         if not ATTENTION.search(kind) and not (q and k and v) and "in_proj" in fused:  # a mixer, or a gated block
@@ -170,6 +172,11 @@ def _out_beside(modules: dict[str, nn.Module], name: str, module: nn.Module) -> 
     return next((join(parent, path) for n, path in direct.items() if OUT.match(n)), None)
 
 
+def _is_plain_sequence(module: nn.Module) -> bool:
+    """Linear layers in a row, with nothing between them that looks at all neurons."""
+    return type(module) is nn.Sequential and not any("LayerNorm" in type(m).__name__ for m in module.children())
+
+
 def _is_pair(module: nn.Module) -> bool:
     """Whether a module is a feed-forward block by itself."""
     names = projections(module)
@@ -187,8 +194,9 @@ def ffns_in(modules: dict[str, nn.Module], taken: set[str]) -> Iterator[FeedForw
         if experts is not None:
             yield experts
             continue
-        by_class = bool(FEED_FORWARD.search(type(module).__name__)) or type(module) is nn.Sequential
-        direct = _deep(module) if by_class else projections(module)
+        in_a_row = _is_plain_sequence(module)
+        by_class = bool(FEED_FORWARD.search(type(module).__name__)) or in_a_row
+        direct = _deep(module) if by_class and not in_a_row else projections(module)
         nested = {
             join(child_name, path): n
             for child_name, child in module.named_children()
@@ -218,10 +226,11 @@ def ffns_in(modules: dict[str, nn.Module], taken: set[str]) -> Iterator[FeedForw
 
 def _pairs(modules: dict[str, nn.Module], linears: dict[str, str], by_class: bool) -> Iterator[tuple[str, list[str]]]:
     """(down projection, its up projections) among these, in order; `by_class`: whatever they are called."""
-    order = list(linears)
-    for position, down in enumerate(order):
-        if not (DOWN.match(linears[down]) or by_class):
-            continue
+    order, used, downs = list(linears), set[str](), set[str]()
+    # what is called like a down projection first; in a chain of layers each is the down projection of the one before
+    named = [name for name in order if DOWN.match(linears[name])]
+    others = [name for name in order if by_class and name not in named and not UP.match(linears[name])]
+    for down in (*named, *others):
         inner, hidden = width(modules[down], 1), width(modules[down], 0)
         ups = [
             up
@@ -230,7 +239,9 @@ def _pairs(modules: dict[str, nn.Module], linears: dict[str, str], by_class: boo
             and (UP.match(linears[up]) or by_class)
             and (width(modules[up], 1) == hidden or by_class)
             and width(modules[up], 0) in (inner, 2 * inner)
-            and (order.index(up) < position or linears[up] in LATE_UP)
+            and (order.index(up) < order.index(down) or (linears[up] in LATE_UP and down in named))
+            and up not in used
+            and (by_class or up not in downs)
         ]
         if by_class and ups:  # an MLP of several layers: what feeds this one, not what came before
             nearest = width(modules[ups[-1]], 1)
@@ -238,6 +249,8 @@ def _pairs(modules: dict[str, nn.Module], linears: dict[str, str], by_class: boo
             if not any(UP.match(linears[up]) for up in ups):
                 ups = ups[-1:]
         if ups:
+            used |= {*ups}
+            downs.add(down)
             yield down, ups
 
 

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from .edits import CompressionError
 from .probe import tensors_in
 
 SHARED, DEAD = -1, -2  # owners of rows that several units use, or that no gradient reached
-DRAWS = 3  # a unit that a draw of the weights leaves dead (ReLU) is met by another
+DRAWS = 12  # at most; a unit that a draw of the weights leaves dead (ReLU) is met by another
 
 Place = tuple[str, str, int]  # (module, parameter, dimension)
 ARGUMENT = "<argument>"
@@ -72,14 +73,15 @@ def coupled(
     ```
     """
     owners: dict[Place, torch.Tensor] = {}
-    count = int(units.max()) + 1
+    count, silent = int(units.max()) + 1, -1
     for seed in range(DRAWS):
         redraw(seed)
         for place, owner in _one_draw(module, gate, units, count, run, arguments or {}).items():
             before = owners.get(place)
             owners[place] = owner if before is None else _both(before, owner)
         following = {place: o for place, o in owners.items() if bool((o >= 0).any())}
-        if following and not any(bool((o == DEAD).any()) and place[1] != "bias" for place, o in following.items()):
+        before, silent = silent, sum(int((o == DEAD).sum()) for place, o in following.items() if place[1] != "bias")
+        if following and (silent == 0 or (silent == before and seed > 2)):
             break
     found = {place: owner for place, owner in owners.items() if bool((owner >= 0).any())}
     for (name, key, dim), owner in list(found.items()):
@@ -88,8 +90,15 @@ def coupled(
         sibling = next((o for o in rows if o is not None and len(o) == len(owner)), None)
         if bool(dead.any()) and key == "bias" and sibling is not None:
             owner = torch.where(dead, sibling, owner)  # a key's bias moves all scores alike: softmax does not see it
-        found[name, key, dim] = owner.where(owner >= 0, SHARED)
-    return found
+        found[name, key, dim] = owner
+    reads = [owner for owner in found.values() if len(owner) == len(units) and bool((owner == units.cpu()).any())]
+    if reads and any(bool((owner == DEAD).any()) for owner in reads):
+        dead = int(max((owner == DEAD).sum() for owner in reads))
+        raise CompressionError(
+            f"{dead} of {count} units are silent on the proof's inputs whatever the weights are, so what belongs to them "
+            "cannot be found. Pass inputs=... with a larger batch."
+        )
+    return {place: owner.where(owner >= 0, SHARED) for place, owner in found.items()}
 
 
 def _both(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:

@@ -131,6 +131,9 @@ def cut_(get: Callable[[str], nn.Module], cut: Cut, variant: Variant, undo: Undo
                 continue
             sizes.setdefault(tensor.shape[dim], len(rows))
             _keep(module, key, rows, dim, entry, undo)
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and key == "weight":
+                for statistic in ("running_mean", "running_var"):
+                    _keep_buffer(module, statistic, rows, entry, undo)
             for attribute in size_attributes(module, key, dim):
                 if getattr(module, attribute) != len(rows):
                     _set(module, attribute, len(rows), entry, undo)
@@ -162,6 +165,8 @@ def size_attributes(module: nn.Module, key: str, dim: int) -> tuple[str, ...]:
     """The attributes of a module that say how large this dimension of this parameter is."""
     if isinstance(module, nn.Linear | Conv1D) and key in ("weight", "weight_in"):
         return (width_attribute(module, 1 - dim if isinstance(module, Conv1D) else dim),)
+    if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        return ("num_features",)
     if isinstance(module, nn.Embedding):
         return (("num_embeddings", "embedding_dim")[dim],)
     if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and dim == 0:
@@ -298,6 +303,15 @@ def _keep(module: nn.Module, name: str, rows: torch.Tensor, dim: int, entry: dic
     undo.append(lambda: module._parameters.__setitem__(name, old))
     module._parameters[name] = new
     entry.setdefault("shapes", {})[name] = list(new.shape)
+
+
+def _keep_buffer(module: nn.Module, name: str, rows: torch.Tensor, entry: dict, undo: Undo) -> None:
+    old = module._buffers.get(name)
+    if old is None:
+        return
+    undo.append(lambda: module._buffers.__setitem__(name, old))
+    module._buffers[name] = old.detach().index_select(0, rows.to(old.device)).contiguous()
+    entry.setdefault("shapes", {})[name] = list(module._buffers[name].shape)  # type: ignore[union-attr]
 
 
 def _set(module: nn.Module, name: str, value: int, entry: dict, undo: Undo) -> None:

@@ -128,6 +128,10 @@ def unrecorded(model: nn.Module, layout: Layout | None) -> str | None:
             shape = tensor is not None and tensor.shape[1:] if leading else tensor is not None and tensor.shape
             if mine is not None and mine.shape != shape:
                 return f"{name}.{key}"
+        for key, tensor in theirs[name]._buffers.items():  # those of batch norms follow channels
+            mine = ours[name]._buffers.get(key)
+            if key in ("running_mean", "running_var") and None not in (tensor, mine) and mine.shape != tensor.shape:  # type: ignore
+                return f"{name}.{key}"
     return None
 
 
@@ -375,7 +379,8 @@ def _replay_module(name: str, module: nn.Module, entry: Mapping[str, Any]) -> No
     if entry.get("lock"):
         shapes = {**shapes, "weight": [1, *shapes.get("weight", module.weight.shape)]}  # type: ignore[misc]
     for key, shape in shapes.items():
-        old = module._parameters.get(key)
+        place: Any = module._buffers if key in module._buffers else module._parameters  # statistics of batch norms
+        old = place.get(key)
         full = None if old is None else ([1, *old.shape] if entry.get("lock") and key == "weight" else list(old.shape))
         if old is None or full is None or len(full) != len(shape) or any(n > m for n, m in zip(shape, full, strict=True)):
             raise CompressionError(
@@ -383,7 +388,7 @@ def _replay_module(name: str, module: nn.Module, entry: Mapping[str, Any]) -> No
                 f"{'no such weight' if full is None else f'{full}'}: the plan is for another architecture."
             )
         new = torch.empty(shape, dtype=old.dtype, device=old.device)
-        module._parameters[key] = nn.Parameter(new, requires_grad=old.requires_grad)
+        place[key] = nn.Parameter(new, requires_grad=old.requires_grad) if place is module._parameters else new
     for key, value in entry.get("attributes", {}).items():
         if type(getattr(module, key, None)) is not int:
             raise CompressionError(f"The checkpoint sets {name}.{key}, which this model does not have: another architecture.")

@@ -61,7 +61,10 @@ def prove(model: nn.Module, cuts: list[Cut], run: Callable[[], list[Any]], maske
     given: dict[str, list[tuple[Any, Any]]] = {scope: [] for scope in groups}
     known: dict[Any, tuple[Part, ...]] = {}  # what was found for blocks that are built alike
 
+    states: list[torch.Tensor] = []  # of the random numbers, as each block found them (Informer draws keys)
+
     def remember(scope: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+        states.append(torch.get_rng_state())
         given[scope].append((_Fresh(args)(), _Fresh(kwargs)()))  # as they are before a hook or the forward itself changes them
 
     def stand_in(scope: str, module: nn.Module, _args: Any, _kwargs: Any, output: Any) -> Any:
@@ -76,7 +79,10 @@ def prove(model: nn.Module, cuts: list[Cut], run: Callable[[], list[Any]], maske
         double = _copy(module)
         for cut in group:
             cut_(_finder(double, scope), cut, proved[cut.block.name])
+        after = torch.get_rng_state()
+        torch.set_rng_state(states.pop())
         replaced = double(*args, **kwargs)
+        torch.set_rng_state(after)
         _compare(output, replaced, f"the cut of {_names(group)}", first_only=True)
         return replaced
 
@@ -157,6 +163,14 @@ def _randomize(module: nn.Module, seed: int = 0) -> None:
                 spread = tensor.std().nan_to_num().item() if tensor.numel() > 1 else 0.0
                 noise = torch.randn(tensor.shape, generator=draw).to(tensor.device, tensor.dtype)
                 tensor.copy_(tensor.mean() + noise * max(spread, 0.02))
+        for part in module.modules():
+            if (
+                isinstance(part, nn.modules.batchnorm._BatchNorm)
+                and part.running_mean is not None
+                and part.running_var is not None
+            ):
+                part.running_mean.copy_(torch.randn(part.running_mean.shape, generator=draw))
+                part.running_var.copy_(0.5 + torch.rand(part.running_var.shape, generator=draw))
 
 
 def _prove_structure(
@@ -185,9 +199,14 @@ def _prove_structure(
     gate = gate_(out, consumer=block.consumer)
     if key not in known:
         known[key] = _find_parts(free, block, gate, args(), kwargs())
-    plain = tensors_in(free(*args(), **kwargs()))[:1]
+
+    def run(part: nn.Module) -> list[tuple[str, torch.Tensor]]:
+        torch.default_generator.manual_seed(0)
+        return tensors_in(part(*args(), **kwargs()))[:1]
+
+    plain = run(free)
     gate.copy_(cut.gate())
-    masked = tensors_in(free(*args(), **kwargs()))[:1]
+    masked = run(free)
     if not plain or (len(cut.kept) < block.size and difference(plain[0][1], masked[0][1]) == 0.0):
         raise CompressionError(
             f"Cannot prove a cut of {block.name!r}: masking its output projection {block.out!r} changes nothing, "
@@ -212,7 +231,7 @@ def _prove_structure(
         double = copy.deepcopy(free)
         try:
             cut_(_finder(double, scope), cut, variant)
-            worst = difference(masked[0][1], tensors_in(double(*args(), **kwargs()))[0][1])
+            worst = difference(masked[0][1], run(double)[0][1])
         except Exception as error:  # a wrong guess may break a forward in any way; the next one is tried
             what = f"{type(error).__name__}: {str(error).splitlines()[0]}" if str(error) else type(error).__name__
             reason = reason or f"its forward does not run with fewer ({what})"
@@ -286,6 +305,10 @@ def _find_parts(free: nn.Module, block: Block, gate: torch.Tensor, args: Any, kw
     floats = {k: v.clone().requires_grad_() for k, v in given.items() if _is_float(v)} if isinstance(block, Attention) else {}
     positions = [floats.get(name, value) for name, value in zip(names, args, strict=False)]
     named = {name: floats.get(name, value) for name, value in kwargs.items()}
+
+    def run() -> Any:
+        torch.default_generator.manual_seed(0)
+        return free(*_Fresh(tuple(positions))(), *args[len(names) :], **_Fresh(named)())
 
     def find(units: torch.Tensor) -> dict:
         redraw = functools.partial(_randomize, free)
