@@ -81,9 +81,13 @@ def coupled(
             owners[place] = owner if before is None else _both(before, owner)
         following = {place: o for place, o in owners.items() if bool((o >= 0).any())}
         before, silent = silent, sum(int((o == DEAD).sum()) for place, o in following.items() if place[1] != "bias")
-        if following and (silent == 0 or (silent == before and seed > 2)):
+        if following and (silent == 0 or (silent == before and seed > 6)):
             break
     found = {place: owner for place, owner in owners.items() if bool((owner >= 0).any())}
+    for (name, key, dim), owner in owners.items():  # what is multiplied by zeros (a decoder's first values): as its bias
+        bias = found.get((name, "bias", 0))
+        if key == "weight" and bias is not None and len(bias) == len(owner) and bool((owner == DEAD).all()):
+            found[name, key, dim] = bias
     for (name, key, dim), owner in list(found.items()):
         dead = owner == DEAD
         rows = [found.get((name, "weight", d)) for d in (0, 1)]  # a Conv1D has its outputs last
