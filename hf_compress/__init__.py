@@ -18,10 +18,21 @@ from .distillation import (
     Seq2SeqDistillationArguments,
     init_student,
 )
-from .edits import AddExits, CompressionError, DepthwiseSeparable, KeepHeads, KeepLayers, KeepNeurons, LowRank, Quantize
+from .edits import (
+    AddExits,
+    CompressionError,
+    DepthwiseSeparable,
+    KeepExperts,
+    KeepHeads,
+    KeepLayers,
+    KeepNeurons,
+    LowRank,
+    Quantize,
+)
 from .exits import detach_exits_, exit_layers, exit_options, set_exits_
 from .exits.callback import EarlyExitCallback
 from .exits.tune import tune_exits_
+from .expert_plans import plan_experts
 from .hub import push_to_hub
 from .inner import with_quantizer
 from .masking import Mask
@@ -47,6 +58,7 @@ __all__ = [
     "DistillationMixin",
     "DistillationTrainer",
     "EarlyExitCallback",
+    "KeepExperts",
     "KeepHeads",
     "KeepLayers",
     "KeepNeurons",
@@ -71,6 +83,7 @@ __all__ = [
     "mask_",
     "measure",
     "plan_depthwise",
+    "plan_experts",
     "plan_low_rank",
     "plan_pruning",
     "plan_quantization",

@@ -6,6 +6,7 @@ from torch import nn
 
 from .candidates import attentions_in, ffns_in
 from .edits import CompressionError
+from .mixtures import find_mixtures
 from .structure import (
     Attention,
     Convolution,
@@ -43,7 +44,7 @@ def discover(model: nn.Module) -> Structure:
 
     Returns:
         `Structure`: `.attentions` (`.name`, `.num_heads`, `.num_key_value_heads`, `.head_dim`), `.ffns` (`.name`,
-        `.size`), `.layers`, `.convs`, `.embeddings`.
+        `.size`), `.experts` (`.name`, `.num_experts`, `.top_k`, `.size`), `.layers`, `.convs`, `.embeddings`.
 
     Example:
 
@@ -82,6 +83,7 @@ def discover(model: nn.Module) -> Structure:
             if isinstance(m, nn.Conv1d | nn.Conv2d | nn.Conv3d)
         ),
         tuple(Embedding(name, m.num_embeddings, m.embedding_dim) for name, m in modules.items() if isinstance(m, nn.Embedding)),
+        tuple(find_mixtures(modules)),
     )
 
 

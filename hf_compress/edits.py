@@ -124,6 +124,36 @@ class KeepNeurons:
 
 
 @dataclass(frozen=True)
+class KeepExperts:
+    """Keep these experts of one mixture: the model is then the one whose router never picks the others.
+
+    Args:
+        moe (`str`): the mixture's name, as `discover` gives it.
+        experts (`Sequence[int]`): indices of the experts that stay, at least as many as a token needs; where a router first
+            chooses groups of experts, equally many in every group that stays.
+
+    Raises:
+        CompressionError: an index is negative, named twice or not a whole number, or none is left.
+
+    Example:
+
+    ```python
+    >>> from hf_compress import KeepExperts
+    >>> KeepExperts("model.layers.0.mlp", [6, 0, 1])
+    KeepExperts(moe='model.layers.0.mlp', experts=(0, 1, 6))
+
+    ```
+    """
+
+    moe: str
+    experts: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        _name(self.moe, "KeepExperts.moe")
+        object.__setattr__(self, "experts", _indices(self.experts, f"KeepExperts({self.moe!r}).experts"))
+
+
+@dataclass(frozen=True)
 class KeepLayers:
     """Keep these layers of one stack; indices that layers carry (caches, layer types) are put right.
 
@@ -342,9 +372,10 @@ class AddExits:
                 object.__setattr__(self, name, tuple(value))
 
 
-Edit = KeepHeads | KeepNeurons | KeepLayers | LowRank | DepthwiseSeparable | Quantize | AddExits
+Edit = KeepHeads | KeepNeurons | KeepExperts | KeepLayers | LowRank | DepthwiseSeparable | Quantize | AddExits
 EDITS: dict[str, type] = {
-    edit.__name__: edit for edit in (KeepHeads, KeepNeurons, KeepLayers, LowRank, DepthwiseSeparable, Quantize, AddExits)
+    edit.__name__: edit
+    for edit in (KeepHeads, KeepNeurons, KeepExperts, KeepLayers, LowRank, DepthwiseSeparable, Quantize, AddExits)
 }
 
 

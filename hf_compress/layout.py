@@ -19,6 +19,7 @@ from .edits import CompressionError, from_spans, spans_of
 from .exits.options import check_options
 from .exits.runtime import attach_exits_
 from .kinds import check_kinds, follow_ties_, make_
+from .mixtures import COUNTS, GROUPS, experts_of, settle_counts_
 from .modules import (
     PLAIN,
     ConfigView,
@@ -120,6 +121,11 @@ def unrecorded(model: nn.Module, layout: Layout | None) -> str | None:
             return name
         if getattr(ours[name], "hfc_heads", None) != getattr(theirs[name], "hfc_heads", None):
             return name
+        for key, tensor in theirs[name]._buffers.items():
+            held = ours[name]._buffers.get(key)
+            if key not in ours[name]._non_persistent_buffers_set and tensor is not None and held is not None:
+                if held.shape != tensor.shape:
+                    return f"{name}.{key}"
         for key, tensor in theirs[name]._parameters.items():
             mine = ours[name]._parameters[key]
             leading = (name in locked and key == "weight") or (
@@ -227,14 +233,35 @@ def stock_numbers(model: nn.Module, structure: Any, touched: Iterable[str]) -> d
         )
         if len({b.head_dim for b in heads}) == 1 and ("head_dim" in vars(config) or heads_changed):
             numbers[f"{part}.head_dim".lstrip(".")] = heads[0].head_dim  # read by many models, stored by few
-    changed = {k: v for k, v in numbers.items() if vars(parts[k.rpartition(".")[0]]).get(k.rpartition(".")[2]) != v}
+    of_mixtures = _mixture_numbers(structure.experts, parts)
+    every, mixtures = (
+        {k: v for k, v in found.items() if vars(parts[k.rpartition(".")[0]]).get(k.rpartition(".")[2]) != v}
+        for found in ({**numbers, **of_mixtures}, of_mixtures)
+    )
+    candidates: list[dict[str, Any]] = [{}, every]
+    if mixtures:  # shared experts look like blocks of their own, whose width has no name; groups may be there and not be used
+        flat = {k: v for k, v in mixtures.items() if k.rpartition(".")[2] not in GROUPS}
+        candidates += [mixtures, flat, {k: v for k, v in every.items() if k in flat or k not in mixtures}]
     blocks = (*structure.attentions, *structure.ffns)
     exact = {*touched, *(b.name for b in blocks), *(part.module for b in blocks for part in b.parts)}
-    for candidate in ({}, changed):
+    for candidate in candidates:
         stock = skeleton(model, candidate)
         if stock is not None and differs(model, stock, exact) is None:
             return candidate
     return None
+
+
+def _mixture_numbers(mixtures: Iterable[Any], parts: Mapping[str, Any]) -> dict[str, Any]:
+    """What configs call the number of experts and of their groups, where all mixtures have the same."""
+    numbers = {}
+    for keys, values in (
+        (COUNTS, {mixture.num_experts for mixture in mixtures}),
+        (GROUPS, {mixture.groups for mixture in mixtures}),
+    ):
+        for part, config in parts.items() if len(values) == 1 else ():
+            found = [key for key in keys if type(vars(config).get(key)) is int]
+            numbers |= {f"{part}.{key}".lstrip("."): next(iter(values)) for key in found}
+    return numbers
 
 
 def _part_of(model: nn.Module, name: str, parts: dict[str, Any]) -> str:
@@ -264,6 +291,7 @@ def check(layout: Any) -> Layout:
         "kinds": list,
         "divides": dict,
         "narrow": list,
+        "children": int,
     }
     if not isinstance(layout, dict) or not isinstance(layout.get("modules"), dict):
         raise CompressionError("The checkpoint's compression layout is not whole: it has no 'modules'.")
@@ -371,6 +399,7 @@ def replay_(model: nn.Module, layout: Layout) -> None:
                 )  # any other is a head that this class does not carry
     if any("kinds" in entry for entry in layout["modules"].values()):
         follow_ties_(model)
+    settle_counts_(model)
 
 
 def _replay_module(name: str, module: nn.Module, entry: Mapping[str, Any]) -> None:
@@ -378,6 +407,8 @@ def _replay_module(name: str, module: nn.Module, entry: Mapping[str, Any]) -> No
     shapes = entry.get("shapes", {})
     if entry.get("lock"):
         shapes = {**shapes, "weight": [1, *shapes.get("weight", module.weight.shape)]}  # type: ignore[misc]
+    if "children" in entry:
+        _keep_first(name, module, entry["children"])
     for key, shape in shapes.items():
         place: Any = module._buffers if key in module._buffers else module._parameters  # statistics of batch norms
         old = place.get(key)
@@ -401,6 +432,14 @@ def _replay_module(name: str, module: nn.Module, entry: Mapping[str, Any]) -> No
         module.config = ConfigView(module.config, **entry["config"])  # type: ignore[assignment]
     if entry.get("heads"):
         select_heads_(module, entry["heads"]["how"], entry["heads"]["keep"], entry["heads"].get("argument"))
+
+
+def _keep_first(name: str, module: nn.Module, count: int) -> None:
+    """A list of experts, all of one shape: which of them stayed is in the weights alone."""
+    if not isinstance(module, nn.ModuleList | nn.ModuleDict) or not 0 < count <= len(experts_of(module)):
+        raise CompressionError(f"The checkpoint keeps {count} modules of {name!r}, which this model does not have.")
+    for child in list(experts_of(module))[count:]:
+        del module._modules[child]
 
 
 def finish_replayed(model: nn.Module, layout: Layout) -> None:

@@ -202,6 +202,11 @@ class HfCompressQuantizer(HfQuantizer):
         for module in model.modules():
             if is_quantized(module):
                 module._is_hf_initialized = True  # nothing can be drawn for integers; `_check_filled` tells what is missing
+        find = finder(model)
+        for name, entry in self.quantization_config.layout["modules"].items():
+            block = find(name.rpartition(".")[0]) if "children" in entry else None
+            if block is not None:
+                vars(block)["_is_hf_initialized"] = True  # Switch would draw as many experts as the config says
         self.shapes = {name: p.shape for name, p in model.named_parameters(remove_duplicate=False)}
 
     def postprocess_model(self, model: Any, **kwargs: Any) -> Any:
@@ -261,6 +266,9 @@ def _check_filled(model: Any, layout: Any, shapes: Mapping[str, torch.Size]) -> 
     """Refuse a checkpoint without weights that the record says were compressed: transformers would draw them, or leave them."""
     find = finder(model)
     changed = {id(find(n)) for n, entry in layout["modules"].items() if entry.keys() & {"shapes", "kinds", "lock"}}
+    for name, entry in layout["modules"].items():
+        experts = find(name) if "children" in entry else None
+        changed |= set() if experts is None else {id(module) for module in experts.modules()}
     missing, other = [], []
     for name, module in model.named_modules():
         exits = f".{name}.".startswith(".exit_heads.") and "exits" in layout

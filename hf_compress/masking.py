@@ -9,6 +9,7 @@ from torch import nn
 
 from .discover import Attention, discover
 from .edits import CompressionError, KeepHeads, KeepNeurons
+from .mixtures import close_
 from .modules import gate_, is_gated, ungate_
 from .plan import Plan
 from .resolve import Resolved
@@ -34,6 +35,8 @@ class Mask:
             module.__dict__["hfc_masks"][id(self)] = cut.gate().to(gate.device)
             _combine(module)
             self._gated.append(module)
+        for mixture, kept in resolved.mixtures:
+            self._hooks += close_(mixture, model.get_submodule(mixture.name), kept)
         for path, kept in resolved.removed.items():
             for index, layer in enumerate(model.get_submodule(path).children()):
                 if index not in kept:

@@ -13,8 +13,11 @@ from transformers import AutoModel, PreTrainedModel
 
 from .edits import CompressionError
 
-# never compared: their shape follows the heads, or they are only there for the next call
-NOT_COMPARED = ("attentions", "past_key_values", "loss", "cross_attentions", "hidden_states")
+# never compared: their shape follows the heads (the experts), or they are only there for the next call
+NOT_COMPARED = (
+    "attentions", "past_key_values", "loss", "cross_attentions", "hidden_states",
+    "router_logits", "encoder_router_logits", "decoder_router_logits", "aux_loss",
+)  # fmt: skip
 
 
 NO_LIMIT = 10**9

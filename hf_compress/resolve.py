@@ -8,7 +8,8 @@ from torch import nn
 
 from .cutting import Cut
 from .discover import Attention, Structure, discover, nearest
-from .edits import CompressionError, KeepHeads, KeepLayers, KeepNeurons
+from .edits import CompressionError, KeepExperts, KeepHeads, KeepLayers, KeepNeurons
+from .mixtures import Mixture
 from .plan import Plan
 
 
@@ -20,6 +21,13 @@ class Resolved:
     heads: dict[str, tuple[int, ...]] = field(default_factory=dict)
     neurons: dict[str, tuple[int, ...]] = field(default_factory=dict)
     layers: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    experts: dict[str, tuple[int, ...]] = field(default_factory=dict)
+
+    @property
+    def mixtures(self) -> list[tuple[Mixture, tuple[int, ...]]]:
+        """Every mixture that loses experts and whose layer stays, with those that it keeps."""
+        found = [(mixture, self.experts[mixture.name]) for mixture in self.structure.experts if mixture.name in self.experts]
+        return [(m, kept) for m, kept in found if len(kept) < m.num_experts and not self.is_gone(m.name)]
 
     @property
     def cuts(self) -> list[Cut]:
@@ -83,6 +91,14 @@ def resolve(model: nn.Module, plan: Plan) -> Resolved:
             now = result.neurons.get(ffn.name, tuple(range(ffn.size)))
             _in_range(edit.neurons, len(now), f"KeepNeurons({edit.ffn!r})", "neurons")
             result.neurons[ffn.name] = tuple(now[i] for i in edit.neurons)
+        elif isinstance(edit, KeepExperts):
+            mixtures = {m.name: m for m in result.structure.experts}
+            mixture = mixtures[_find(edit.moe, list(mixtures), "mixture of experts", model, result)]
+            now = result.experts.get(mixture.name, tuple(range(mixture.num_experts)))
+            _in_range(edit.experts, len(now), f"KeepExperts({edit.moe!r})", "experts")
+            kept = tuple(now[i] for i in edit.experts)
+            mixture.check(kept)
+            result.experts[mixture.name] = kept
         elif isinstance(edit, KeepLayers):
             path = _stack(edit.stack, result.structure)
             now = result.layers.get(path, tuple(range(sum(x.path == path for x in result.structure.layers))))

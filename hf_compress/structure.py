@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from .mixtures import Mixture
+
 
 @dataclass(frozen=True)
 class Part:
@@ -99,6 +101,7 @@ class Structure:
     layers: tuple[Layer, ...]
     convs: tuple[Convolution, ...]
     embeddings: tuple[Embedding, ...]
+    experts: tuple[Mixture, ...] = ()
 
     @property
     def stacks(self) -> dict[str, tuple[Layer, ...]]:
@@ -112,6 +115,7 @@ class Structure:
             kv = f" on {a.num_key_value_heads} kv" if a.num_key_value_heads != a.num_heads else ""
             rows.append(("attention", a.name, f"{a.num_heads} heads{kv} x {a.head_dim}"))
         rows += [("ffn", f.name, f"{f.size} neurons{' (gated)' if f.gated else ''}") for f in self.ffns]
+        rows += [("experts", e.name, f"{e.num_experts} experts, {e.top_k or '?'} a token, {e.size} neurons") for e in self.experts]
         rows += [("layers", name, f"{len(stack)} in {stack[0].path}") for name, stack in self.stacks.items()]
         for c in self.convs:
             kernel = "x".join(map(str, c.kernel_size)) + (f", {c.groups} groups" if c.groups > 1 else "")

@@ -12,10 +12,11 @@ from torch import nn
 
 from .cutting import Undo, Variant, cut_
 from .discover import Part
-from .edits import AddExits, CompressionError, KeepHeads
+from .edits import AddExits, CompressionError, KeepExperts, KeepHeads
 from .exits.options import resolve_exits
 from .exits.runtime import attach_exits_, detach_exits_
 from .exits.trial import try_exits
+from .experts import experts_, move_entries_
 from .kinds import follow_ties_
 from .layout import joined, renamed
 from .masking import Mask
@@ -33,9 +34,9 @@ def mask_(model: nn.Module, plan: Plan) -> Mask:
     """Simulate a plan exactly without changing a shape: the function that the model will have after `apply_`.
 
     Heads and neurons are multiplied by zero where they enter the output projection (the down projection); layers that
-    go are skipped. What is masked gets no gradient and cannot grow back. Nothing is computed faster. Several masks hide
-    what any of them hides. `save_pretrained` under a mask writes the masked heads and neurons as zeros; skipped layers are
-    written as they are.
+    go are skipped; a router scores the experts that go with minus infinity. What is masked gets no gradient and cannot grow
+    back. Nothing is computed faster. Several masks hide what any of them hides. `save_pretrained` under a mask writes the
+    masked heads and neurons as zeros; skipped layers and experts are written as they are.
 
     Args:
         model (`nn.Module`): the model, changed in place until the mask is removed.
@@ -129,6 +130,8 @@ def apply_(model: nn.Module, plan: Plan, *, inputs: Mapping[str, Any] | None = N
                 _substitute(model, step, inputs, undo)
             elif isinstance(step.edits[0], AddExits):
                 _add_exits(model, step, inputs, undo)
+            elif isinstance(step.edits[0], KeepExperts):
+                _experts(model, step, inputs, undo)
             else:
                 _cut(model, step, inputs, undo)
     except BaseException:
@@ -145,7 +148,7 @@ def _steps(plan: Plan) -> list[Plan]:
     _check_tensors(plan)
 
     def kind(edit: Any) -> type:
-        return type(edit) if isinstance(edit, Substitution | AddExits) else KeepHeads
+        return type(edit) if isinstance(edit, Substitution | AddExits | KeepExperts) else KeepHeads
 
     return [Plan(run, plan.tensors) for _, run in groupby(plan.edits, kind)]
 
@@ -169,6 +172,19 @@ def _substitute(model: nn.Module, plan: Plan, inputs: Mapping[str, Any] | None, 
         follow_ties_(owner)
         if any(not name or touched.startswith(f"{name}.") for touched in record):
             stamp_(owner, name, Plan(edits), record, {}, {}, undo)
+
+
+def _experts(model: nn.Module, plan: Plan, inputs: Mapping[str, Any] | None, undo: Undo) -> None:
+    check_adapters(model)
+    record, moved = experts_(model, plan, inputs, undo)
+    for name, owner in owners_in(model):
+        mine = [touched for touched in record if not name or touched.startswith(f"{name}.")]
+        if mine:
+            local = {
+                k[len(name) :].lstrip("."): v and v[len(name) :].lstrip(".") for k, v in moved.items() if k.startswith(name)
+            }
+            move_entries_(owner, local, undo)
+            stamp_(owner, name, plan, record, {}, {}, undo)
 
 
 def _add_exits(model: nn.Module, plan: Plan, inputs: Mapping[str, Any] | None, undo: Undo) -> None:

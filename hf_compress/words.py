@@ -8,13 +8,25 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from .edits import AddExits, DepthwiseSeparable, Edit, KeepHeads, KeepLayers, KeepNeurons, LowRank, Quantize, spans_of
+from .edits import (
+    AddExits,
+    DepthwiseSeparable,
+    Edit,
+    KeepExperts,
+    KeepHeads,
+    KeepLayers,
+    KeepNeurons,
+    LowRank,
+    Quantize,
+    spans_of,
+)
 from .report import Latency, Report, Timing
 
 # how an edit reads after "a model, ...", and the Hub's tag for it
 TECHNIQUES: dict[type, tuple[str, str]] = {
     KeepHeads: ("pruned", "pruning"),
     KeepNeurons: ("pruned", "pruning"),
+    KeepExperts: ("pruned", "pruning"),
     KeepLayers: ("pruned", "pruning"),
     LowRank: ("made low-rank", "low-rank"),
     DepthwiseSeparable: ("made depthwise separable", "depthwise-separable"),
@@ -85,10 +97,14 @@ def _neurons(edits: list[Any]) -> list[str]:
     return [f"Feed-forward neurons: {_kept({e.ffn: len(e.neurons) for e in edits}, 'neuron')}."]
 
 
-def _kept(sizes: Mapping[str, int], unit: str) -> str:
+def _experts(edits: list[Any]) -> list[str]:
+    return [f"Experts: {_kept({e.moe: len(e.experts) for e in edits}, 'expert', 'mixture')}."]
+
+
+def _kept(sizes: Mapping[str, int], unit: str, block: str = "block") -> str:
     verb, each = ("keeps", "") if len(sizes) == 1 else ("keep", " each")
     low, high = min(sizes.values()), max(sizes.values())
-    return f"{count(len(sizes), 'block')} {verb} {count(low, unit) if low == high else f'{low:,} to {high:,} {unit}s'}{each}"
+    return f"{count(len(sizes), block)} {verb} {count(low, unit) if low == high else f'{low:,} to {high:,} {unit}s'}{each}"
 
 
 def _layers(edits: list[Any]) -> list[str]:
@@ -149,6 +165,7 @@ ACTIVATIONS = {
 SENTENCES: dict[type, Callable[[list[Any]], list[str]]] = {
     KeepHeads: _heads,
     KeepNeurons: _neurons,
+    KeepExperts: _experts,
     KeepLayers: _layers,
     LowRank: _low_rank,
     DepthwiseSeparable: _depthwise,
