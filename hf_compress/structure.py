@@ -115,7 +115,9 @@ class Structure:
             kv = f" on {a.num_key_value_heads} kv" if a.num_key_value_heads != a.num_heads else ""
             rows.append(("attention", a.name, f"{a.num_heads} heads{kv} x {a.head_dim}"))
         rows += [("ffn", f.name, f"{f.size} neurons{' (gated)' if f.gated else ''}") for f in self.ffns]
-        rows += [("experts", e.name, f"{e.num_experts} experts, {e.top_k or '?'} a token, {e.size} neurons") for e in self.experts]
+        rows += [
+            ("experts", e.name, f"{e.num_experts} experts, {e.top_k or '?'} a token, {e.size} neurons") for e in self.experts
+        ]
         rows += [("layers", name, f"{len(stack)} in {stack[0].path}") for name, stack in self.stacks.items()]
         for c in self.convs:
             kernel = "x".join(map(str, c.kernel_size)) + (f", {c.groups} groups" if c.groups > 1 else "")
