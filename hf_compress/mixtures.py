@@ -97,8 +97,7 @@ def find_mixtures(modules: Mapping[str, nn.Module]) -> Iterator[Mixture]:
         if place is not None:
             found.setdefault(place, []).append(name)
     for (path, router), holders in found.items():
-        weight = _parameter(modules, router)
-        count, hidden = weight.shape
+        count, hidden = modules[router.rpartition(".")[0]]._parameters[router.rpartition(".")[2]].shape  # type: ignore[union-attr]
         last = modules[holders[-1]]
         lists = isinstance(last, nn.ModuleList | nn.ModuleDict)
         place = router.rpartition(".")[0]
@@ -215,12 +214,6 @@ def _choosing_biases(path: str, count: int, router: str, holders: list[str], mod
                     yield f"{name}.{key}".lstrip(".")
 
 
-def _parameter(modules: Mapping[str, nn.Module], path: str) -> torch.Tensor:
-    place, _, key = path.rpartition(".")
-    found = modules[place]._parameters.get(key)
-    return modules[place]._buffers[key] if found is None else found  # type: ignore[return-value]
-
-
 # --- masks -------------------------------------------------------------------------------------------------------
 
 PRODUCTS = ("linear", "matmul", "mm", "addmm", "__matmul__", "bmm")
@@ -229,30 +222,43 @@ PRODUCTS = ("linear", "matmul", "mm", "addmm", "__matmul__", "bmm")
 class _Closing(TorchFunctionMode):
     """While a router runs: minus infinity for the experts that are closed, as score and as what is added to scores."""
 
-    def __init__(self, gone: torch.Tensor, router: torch.Tensor | None, biases: list[torch.Tensor]) -> None:
+    def __init__(self, gone: torch.Tensor, module: nn.Module, router: str, biases: tuple[str, ...]) -> None:
         super().__init__()
-        self.gone, self.biases = gone, biases
-        self.weights = [] if router is None else [router]  # and what it is cast to
+        self.gone, self.module, self.router, self.biases = gone, module, router, biases
+        self.casts: list[torch.Tensor] = []  # what the router's weight was cast to
 
-    def _close(self, value: Any) -> Any:
-        if any(value is bias for bias in self.biases):
+    def _close(self, value: Any, biases: list[Any]) -> Any:
+        if any(value is bias for bias in biases):
             return value.masked_fill(self.gone.to(value.device).view(value.shape), float("-inf"))
         return value
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
-        if self.biases:
-            args = tuple(self._close(value) for value in args)
-            kwargs = {key: self._close(value) for key, value in kwargs.items()}
+        if self.biases:  # looked up at every use: weights that are offloaded come when their module runs
+            biases = [_at(self.module, path) for path in self.biases]
+            args = tuple(self._close(value, biases) for value in args)
+            kwargs = {key: self._close(value, biases) for key, value in kwargs.items()}
         out = func(*args, **kwargs)
-        if not isinstance(out, torch.Tensor) or not any(v is w for v in (*args, *kwargs.values()) for w in self.weights):
+        router = _at(self.module, self.router)
+        if not isinstance(out, torch.Tensor) or not any(
+            v is w for v in (*args, *kwargs.values()) for w in (router, *self.casts)
+        ):
             return out
         if func.__name__ in PRODUCTS:
             if out.shape[-1:] == self.gone.shape:
                 return out.masked_fill(self.gone.to(out.device), float("-inf"))
-        elif out.numel() == self.weights[0].numel():
-            self.weights.append(out)
+        elif out.numel() == router.numel():  # type: ignore[union-attr]
+            self.casts.append(out)
         return out
+
+
+def _at(module: nn.Module, path: str) -> torch.Tensor | None:
+    """The parameter or buffer at a path."""
+    *words, key = path.split(".")
+    for word in words:
+        module = module._modules[word]  # type: ignore[assignment]
+    found = module._parameters.get(key)
+    return module._buffers.get(key) if found is None else found
 
 
 class ClosedExperts:
@@ -267,8 +273,7 @@ class ClosedExperts:
         self.entered: list[_Closing] = []
 
     def before(self, module: nn.Module, args: Any) -> None:
-        tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-        mode = _Closing(self.gone, tensors.get(self.router), [tensors[name] for name in self.biases if name in tensors])
+        mode = _Closing(self.gone, module, self.router, self.biases)
         mode.__enter__()
         self.entered.append(mode)
 

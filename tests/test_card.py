@@ -30,6 +30,7 @@ ATTENTION, FFN, LINEAR = "encoder.layer.{}.attention.self", "encoder.layer.{}", 
 EDIT_OF = {
     "KeepHeads": hc.KeepHeads(ATTENTION.format(0), [0, 2, 3]),
     "KeepNeurons": hc.KeepNeurons(FFN.format(0), [7]),
+    "KeepExperts": hc.KeepExperts("layers.0.mlp", [1, 4, 5]),
     "KeepLayers": hc.KeepLayers([0, 1, 4]),
     "LowRank": hc.LowRank(LINEAR.format(0), 13),
     "DepthwiseSeparable": hc.DepthwiseSeparable("conv", 2),

@@ -118,7 +118,7 @@ def test_discover_and_example_inputs_leave_the_model_alone(family):
     structure = hc.discover(model)
     assert len(str(structure).splitlines()) == 1 + len(structure.attentions) + len(structure.ffns) + len(
         structure.stacks
-    ) + len(structure.convs) + len(structure.embeddings)
+    ) + len(structure.experts) + len(structure.convs) + len(structure.embeddings)
     assert outputs(model, example_inputs(model)).isfinite().all()
     assert classes == [type(m) for m in model.modules()]
     assert all(torch.equal(v, weights[k]) for k, v in model.state_dict().items())

@@ -185,6 +185,13 @@ def random_plan(model: torch.nn.Module, edits: tuple[str, ...], seed: int = 0) -
     if "neurons" in edits:
         for f in structure.ffns:
             chosen.append(hc.KeepNeurons(f.name, sorted(draw.sample(range(f.size), draw.randint(f.size // 4, f.size - 3)))))
+    if "experts" in edits:
+        for i, m in enumerate(structure.experts):
+            size = m.num_experts // m.groups
+            least = -(-(m.top_k or 1) // m.groups_chosen) if m.groups == 1 else max(2, -(-(m.top_k or 1) // m.groups_chosen))
+            number = max(least, size - 2 - i % 2)
+            kept = [g * size + e for g in range(m.groups) for e in draw.sample(range(size), min(number, size))]
+            chosen.append(hc.KeepExperts(m.name, kept))
     if "layers" in edits:
         for name, layers in structure.stacks.items():
             if len(layers) > 1:
