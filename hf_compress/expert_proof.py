@@ -17,6 +17,7 @@ from .probe import difference, map_tensors, tensors_in, tolerance
 # all that transformers computes experts with; a model's own way is proved first
 IMPLEMENTATIONS = ("batched_mm", "grouped_mm")
 TOKENS_PER_EXPERT = 16
+MOST_COPIED = 1 << 25  # numbers: "batched_mm" copies the weights of an expert for every token that it gets
 
 
 def proved(model: nn.Module, mixture: Mixture, kept: tuple[int, ...], scope: str, args: Any, kwargs: Any) -> Coupling:
@@ -28,7 +29,7 @@ def proved(model: nn.Module, mixture: Mixture, kept: tuple[int, ...], scope: str
     what = f"Cannot remove experts from {mixture.name!r} ({type(get(mixture.name)).__name__}) exactly, so nothing was changed: "
     try:
         for times in (1, 4, 16):
-            args_, kwargs_ = _many(args, kwargs, times * TOKENS_PER_EXPERT * mixture.num_experts)
+            args_, kwargs_ = _many(args, kwargs, times * TOKENS_PER_EXPERT * mixture.num_experts // (mixture.top_k or 1))
             plain, masked, alive, still = _gradients(free, get, mixture, kept, args_, kwargs_)
             coupling = _couple(get, mixture, kept, alive, still)
             if isinstance(coupling, Coupling):
@@ -220,10 +221,16 @@ def _implementations(
     free: nn.Module, get: Get, double: nn.Module, mixture: Mixture, kept: tuple[int, ...], args: Any, kwargs: Any
 ) -> str:
     """Why the cut is not the mask under one of the ways in which transformers computes experts; empty where it is."""
+    top = get(mixture.name)
+    stacked = [p for _, p in top.named_parameters() if p.ndim == 3 and p.shape[0] == mixture.num_experts]
     for how in IMPLEMENTATIONS:
         if not _implement(free, how) or not _implement(double, how):
             break
-        handles = close_(mixture, get(mixture.name), kept)
+        if how == "batched_mm":
+            rows = TOKENS_PER_EXPERT * mixture.num_experts
+            if rows * max((p[0].numel() for p in stacked), default=0) > MOST_COPIED:
+                continue
+        handles = close_(mixture, top, kept)
         try:
             expected = _first(free(*args, **kwargs))
         except Exception:  # not every model, device or number of bytes can be computed so

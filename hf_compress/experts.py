@@ -29,14 +29,14 @@ def experts_(
 ) -> tuple[dict[str, dict[str, Any]], dict[str, str | None]]:
     """Keep the experts that a plan keeps, in place, and show that this is the model whose router never picks the others.
 
-    For each mixture, on a copy in float32 with all weights drawn anew and at least `TOKENS_PER_EXPERT` random tokens for
-    every expert:
+    For each mixture, on a copy in float32 with all weights drawn anew and `TOKENS_PER_EXPERT` random tokens or more for
+    an expert, on average:
 
     1. *What follows the experts* is computed: with the router's scores of the experts that go at minus infinity, a row of
        a parameter that belongs to one of them has no gradient, and without that it has one. Rows that stay must keep theirs.
        What has no gradient at all and one value per expert is added to the scores (DeepSeek-V3's bias): it follows too.
     2. *Structure*: the copy, cut so, must give what the masked copy gives, with every implementation of experts that
-       transformers has for it; and the mask must matter.
+       transformers has for it (`batched_mm` only where experts are small); and the mask must matter.
 
     Then the real weights are cut, and the whole model must give what it gave under its mask. In half precision tokens whose
     scores are equal after rounding may fall to another expert when a matrix has fewer rows; there most tokens must agree.
