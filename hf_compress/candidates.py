@@ -37,7 +37,17 @@ HEAD_DIM = (
     "key_value_proj_dim",
     "attention_head_dim",
 )
-NUM_HEADS = ("num_attention_heads", "num_heads", "n_heads", "n_head", "heads", "num_local_heads", "num_head", "nheads")
+NUM_HEADS = (
+    "num_attention_heads",
+    "num_heads",
+    "n_heads",
+    "n_head",
+    "heads",
+    "num_local_heads",
+    "num_head",
+    "nheads",
+    "num_attn_heads",
+)
 NUM_KV_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "num_local_key_value_heads")
 
 # One feed-forward block is a pair of an up and a down projection, the second as wide inside as the first is outside.
@@ -138,8 +148,8 @@ def _inputs(
         layouts = {}
         if _mla(linears):
             kv = heads
-        elif v and _divides(widths[v[0]], dim, heads):
-            kv = widths[v[0]] // dim
+        elif any(_divides(widths[n], dim, heads) for n in (*k, *v)):  # keys may be shared where values are not
+            kv = min(widths[n] // dim for n in (*k, *v) if _divides(widths[n], dim, heads))
         else:
             kv = said if said and heads % said == 0 else heads
     parts = [Part(join(name, linears[n]), 0, layouts.get(n, OPEN)) for n in ins]
@@ -335,6 +345,8 @@ def _deep(module: nn.Module, prefix: str = "", depth: int = 0) -> dict[str, str]
         path = join(prefix, name)
         if isinstance(child, nn.Linear | Conv1D):
             found[path] = path
+        elif isinstance(child, nn.ModuleDict) or re.search(r"Expert|DenseAct|Router", type(child).__name__):
+            continue  # blocks of their own
         elif depth < 3 and not ATTENTION.search(type(child).__name__) and not FEED_FORWARD.search(type(child).__name__):
             found |= _deep(child, path, depth + 1)
     return {path.rpartition(".")[2] if "." not in path else path: path for path in found}

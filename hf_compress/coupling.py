@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from .edits import CompressionError
 from .probe import tensors_in
 
 SHARED, DEAD = -1, -2  # owners of rows that several units use, or that no gradient reached
-DRAWS = 12  # at most; a unit that a draw of the weights leaves dead (ReLU) is met by another
+DRAWS = 24  # at most; a unit that a draw of the weights leaves dead (ReLU) is met by another
 
 Place = tuple[str, str, int]  # (module, parameter, dimension)
 ARGUMENT = "<argument>"
@@ -81,12 +82,13 @@ def coupled(
             owners[place] = owner if before is None else _both(before, owner)
         following = {place: o for place, o in owners.items() if bool((o >= 0).any())}
         before, silent = silent, sum(int((o == DEAD).sum()) for place, o in following.items() if place[1] != "bias")
-        if following and (silent == 0 or (silent == before and seed > 6)):
+        if following and (silent == 0 or (silent == before and seed > 12)):
             break
     found = {place: owner for place, owner in owners.items() if bool((owner >= 0).any())}
     for (name, key, dim), owner in owners.items():  # what is multiplied by zeros (a decoder's first values): as its bias
         bias = found.get((name, "bias", 0))
-        if key == "weight" and bias is not None and len(bias) == len(owner) and bool((owner == DEAD).all()):
+        out = 1 if isinstance(module.get_submodule(name) if name != ARGUMENT else None, Conv1D) else 0
+        if key == "weight" and dim == out and bias is not None and len(bias) == len(owner) and bool((owner == DEAD).all()):
             found[name, key, dim] = bias
     for (name, key, dim), owner in list(found.items()):
         dead = owner == DEAD

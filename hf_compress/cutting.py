@@ -33,7 +33,7 @@ Undo = list[Callable[[], None]]
 # what a module calls its place in the stack
 INDEX = ("layer_idx", "layer_id", "layer_index", "layer_number", "block_idx")
 # module attributes that say how many heads there are: they follow if they hold the old value
-HEADS = ("num_attention_heads", "num_heads", "n_heads", "n_head")
+HEADS = ("num_attention_heads", "num_heads", "n_heads", "n_head", "num_attn_heads")
 KV_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads")
 GROUPS = ("num_key_value_groups", "n_rep")
 INNER = ("all_head_size", "inner_dim", "split_size", "embed_dim")
@@ -112,10 +112,6 @@ def cut_(get: Callable[[str], nn.Module], cut: Cut, variant: Variant, undo: Undo
         module, rows = get(part.module), cut.rows(part)
         entry = record.setdefault(part.module, {})
         if part.argument is not None:
-            before = getattr(module, "hfc_heads", None)
-            chosen = list(cut.kept) if before is None else [before[h] for h in cut.kept]  # type: ignore[index]
-            full = cut.block.size if before is None else module.hfc_argument[2]  # type: ignore[index]
-            _select(module, "argument", chosen, entry, undo, (part.argument, part.dim, full))
             continue
         if part.module in variant.after:
             _select(module, "output", rows.tolist(), entry, undo)
@@ -137,6 +133,7 @@ def cut_(get: Callable[[str], nn.Module], cut: Cut, variant: Variant, undo: Undo
             for attribute in size_attributes(module, key, dim):
                 if getattr(module, attribute) != len(rows):
                     _set(module, attribute, len(rows), entry, undo)
+    _select_arguments(get, cut, variant, record, undo)
     owner = get(block.name)
     entry = record.setdefault(block.name, {})
     named = [size for size in _sizes(cut) if not (variant.narrow and size[0] in INNER)]
@@ -232,13 +229,25 @@ def _adapt(owner: nn.Module, block: Attention, cut: Cut, variant: Variant, entry
         _select(owner, block.shared_bias, chosen, entry, undo)
 
 
+def _select_arguments(get: Callable[[str], nn.Module], cut: Cut, variant: Variant, record: dict, undo: Undo) -> None:
+    """What is computed outside, once for all heads, and arrives as arguments: each attention takes what its heads need."""
+    given = [part for part in variant.parts if part.argument is not None]
+    if not given:
+        return
+    module: Any = get(given[0].module)
+    before = getattr(module, "hfc_heads", None)
+    arguments = [[part.argument, part.dim, cut.block.size] for part in given] if before is None else module.hfc_arguments
+    chosen = list(cut.kept) if before is None else [before[h] for h in cut.kept]
+    _select(module, "argument", chosen, record.setdefault(given[0].module, {}), undo, arguments)
+
+
 def _select(
     module: nn.Module,
     how: str,
     chosen: list[int],
     entry: dict,
     undo: Undo,
-    argument: tuple[str, int, int] | None = None,
+    arguments: list[Any] | None = None,
 ) -> None:
     """Let a module use, or give, only what belongs to the heads that stay (`modules.select_heads_`)."""
     before, config = getattr(module, "hfc_heads", None), getattr(module, "config", None)
@@ -264,8 +273,8 @@ def _select(
     undo.append(restore)
     if how == "output" and before is not None:  # what an earlier cut left out stays out
         chosen = [row for row in chosen if row in set(before)]  # type: ignore[arg-type]
-    select_heads_(module, how, chosen, argument)
-    entry["heads"] = {"how": how, "keep": chosen, **({} if argument is None else {"argument": list(argument)})}
+    select_heads_(module, how, chosen, arguments)
+    entry["heads"] = {"how": how, "keep": chosen, **({} if arguments is None else {"arguments": arguments})}
 
 
 def _narrow(module: Any, old: int, new: int, entry: dict, undo: Undo) -> None:

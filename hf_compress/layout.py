@@ -337,16 +337,14 @@ def check(layout: Any) -> Layout:
             heads.get("how") not in ("interface", "argument", "output")
             or not isinstance(heads.get("keep"), list)
             or not all(type(h) is int and h >= 0 for h in heads["keep"])
-            or not _is_argument(heads.get("argument"))
+            or not all(map(_is_argument, heads.get("arguments", [])))
         ):
             raise CompressionError(f"The layout selects heads {heads!r} in {name!r}; a list of indices was expected.")
     return layout
 
 
 def _is_argument(argument: Any) -> bool:
-    """Nothing, or (name, dimension, heads) as `modules.select_heads_` takes them."""
-    if argument is None:
-        return True
+    """(name, dimension, heads) as `modules.select_heads_` takes them."""
     kinds = [type(value) for value in argument] if isinstance(argument, list) else []
     return kinds == [str, int, int] and argument[0].isidentifier() and argument[1] >= 0 and argument[2] > 0
 
@@ -431,7 +429,7 @@ def _replay_module(name: str, module: nn.Module, entry: Mapping[str, Any]) -> No
     if entry.get("config"):
         module.config = ConfigView(module.config, **entry["config"])  # type: ignore[assignment]
     if entry.get("heads"):
-        select_heads_(module, entry["heads"]["how"], entry["heads"]["keep"], entry["heads"].get("argument"))
+        select_heads_(module, entry["heads"]["how"], entry["heads"]["keep"], entry["heads"].get("arguments"))
 
 
 def _keep_first(name: str, module: nn.Module, count: int) -> None:

@@ -374,12 +374,13 @@ def _select_bias_argument(module, args, kwargs):
 
 
 def _select_named_argument(module: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    name, dim, full = module.hfc_argument
-    if kwargs.get(name) is not None:
-        return args, {**kwargs, name: _chosen(kwargs[name], dim, full, module.hfc_heads)}
-    position = list(inspect.signature(module.forward).parameters).index(name)
-    if len(args) > position and args[position] is not None:
-        args = (*args[:position], _chosen(args[position], dim, full, module.hfc_heads), *args[position + 1 :])
+    names = list(inspect.signature(module.forward).parameters)
+    for name, dim, full in module.hfc_arguments:
+        position = names.index(name)
+        if kwargs.get(name) is not None:
+            kwargs = {**kwargs, name: _chosen(kwargs[name], dim, full, module.hfc_heads)}
+        elif len(args) > position and args[position] is not None:
+            args = (*args[:position], _chosen(args[position], dim, full, module.hfc_heads), *args[position + 1 :])
     return args, kwargs
 
 
@@ -395,20 +396,20 @@ def _select_output(module: Any, _args: Any, output: torch.Tensor) -> torch.Tenso
     return output[..., module.hfc_heads]
 
 
-def select_heads_(module: nn.Module, how: str, heads: list[int], argument: tuple[str, int, int] | None = None) -> None:
+def select_heads_(module: nn.Module, how: str, heads: list[int], arguments: list[Any] | None = None) -> None:
     """Let an attention use only these heads of a position bias that is computed once for a whole stack.
 
     `how`: `"interface"` where the bias travels through the attention function (T5), `"argument"` where it arrives as
     an argument of the module (MPNet), `"output"` where the module is a norm over all heads, of whose output these columns
     are used (OLMo 2).
 
-    `argument`: which argument, along which dimension, of how many heads; MPNet's if left out.
+    `arguments`: which arguments: (name, dimension, heads that there are); MPNet's if left out.
     """
     if not hasattr(module, "hfc_heads"):
         if how == "interface":
             module.config = ConfigView(module.config, _attn_implementation=SELECT)  # type: ignore[assignment]
-        elif argument is not None:
-            module.hfc_argument = tuple(argument)  # type: ignore[assignment]
+        elif arguments is not None:
+            module.hfc_arguments = arguments  # type: ignore[assignment]
             module.register_forward_pre_hook(_select_named_argument, with_kwargs=True)
         elif how == "output":
             module.register_forward_hook(_select_output)

@@ -326,7 +326,7 @@ def _find_parts(free: nn.Module, block: Block, gate: torch.Tensor, args: Any, kw
     parts = []
     for (name, key, dim), owner in owners.items():
         if name == ARGUMENT:
-            here = hasattr(free, "hfc_argument") and free.hfc_argument[0] == key  # type: ignore[index]
+            here = key in [name for name, _, _ in getattr(free, "hfc_arguments", [])]  # type: ignore[union-attr]
             if here or (not shared and torch.equal(owner, torch.arange(len(owner)) % block.size)):
                 parts.append(Part("", dim, ("argument",), None, owner, key))
         elif name not in whole:
