@@ -134,7 +134,7 @@ def _elementwise(trace: Trace, name: str, args: tuple, kwargs: dict, results: li
         return []
     ndim = max(result.ndim for result in results)
     tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor) and leaf.ndim]
-    aligned = [((1,) * (ndim - t.ndim) + tuple(t.shape), [_lift(f, ndim) for f in trace.of(t)]) for t in tensors]
+    aligned = [((1,) * (ndim - t.ndim) + tuple(t.shape), [f[(None,) * (ndim - f.ndim)] for f in trace.of(t)]) for t in tensors]
     merged: list[Field] = []
     for _, fields in aligned:
         for field in fields:
@@ -151,10 +151,6 @@ def _elementwise(trace: Trace, name: str, args: tuple, kwargs: dict, results: li
             if any(shape[d] > 1 and d not in there for d in support(field)):
                 trace.labels.freeze(field, "they meet, element by element, a tensor that has no such channels")
     return [list(merged) for _ in results]
-
-
-def _lift(field: Field, ndim: int) -> Field:
-    return field.view([1] * (ndim - field.ndim) + list(field.shape))
 
 
 def _move(trace: Trace, name: str, args: tuple, kwargs: dict, results: list) -> list[list[Field]]:
