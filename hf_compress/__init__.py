@@ -10,6 +10,7 @@ if _sys.argv[0] == "-m" or _sys.argv[0].replace("\\", "/").rpartition("/")[2].st
 
 from . import loader as _loader  # noqa: F401  registers the loader with transformers
 from .card import render_card
+from .channels import ChannelGroup, channel_groups
 from .discover import Structure, discover
 from .distillation import (
     DistillationArguments,
@@ -22,6 +23,7 @@ from .edits import (
     AddExits,
     CompressionError,
     DepthwiseSeparable,
+    KeepChannels,
     KeepExperts,
     KeepHeads,
     KeepLayers,
@@ -51,6 +53,7 @@ from .trainer import CompressionTrainer
 
 __all__ = [
     "AddExits",
+    "ChannelGroup",
     "CompressionError",
     "CompressionTrainer",
     "DepthwiseSeparable",
@@ -58,6 +61,7 @@ __all__ = [
     "DistillationMixin",
     "DistillationTrainer",
     "EarlyExitCallback",
+    "KeepChannels",
     "KeepExperts",
     "KeepHeads",
     "KeepLayers",
@@ -74,6 +78,7 @@ __all__ = [
     "Seq2SeqDistillationArguments",
     "Structure",
     "apply_",
+    "channel_groups",
     "dequantize_",
     "detach_exits_",
     "discover",

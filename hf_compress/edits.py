@@ -154,6 +154,40 @@ class KeepExperts:
 
 
 @dataclass(frozen=True)
+class KeepChannels:
+    """Keep these output channels of one convolution; the others go everywhere: in all that writes, follows or reads them.
+
+    Which parameters those are is seen in a forward pass: norms, depthwise convolutions and squeeze-excite follow, the
+    convolutions of a residual stream lose the same channels, and every convolution or Linear that sums over them loses
+    columns. See `channel_groups`.
+
+    Args:
+        conv (`str`): the name of a convolution that writes them (or of a Linear, before a batch norm say).
+        channels (`Sequence[int]`): indices of its output channels that stay. Where a convolution works in groups (RegNet),
+            whole groups, or equally many in every group that stays.
+
+    Raises:
+        CompressionError: an index is negative, named twice or not a whole number, or none is left.
+
+    Example:
+
+    ```python
+    >>> from hf_compress import KeepChannels
+    >>> KeepChannels("resnet.embedder.embedder.convolution", range(3))
+    KeepChannels(conv='resnet.embedder.embedder.convolution', channels=(0, 1, 2))
+
+    ```
+    """
+
+    conv: str
+    channels: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        _name(self.conv, "KeepChannels.conv")
+        object.__setattr__(self, "channels", _indices(self.channels, f"KeepChannels({self.conv!r}).channels"))
+
+
+@dataclass(frozen=True)
 class KeepLayers:
     """Keep these layers of one stack; indices that layers carry (caches, layer types) are put right.
 
@@ -372,10 +406,10 @@ class AddExits:
                 object.__setattr__(self, name, tuple(value))
 
 
-Edit = KeepHeads | KeepNeurons | KeepExperts | KeepLayers | LowRank | DepthwiseSeparable | Quantize | AddExits
+Edit = KeepHeads | KeepNeurons | KeepExperts | KeepChannels | KeepLayers | LowRank | DepthwiseSeparable | Quantize | AddExits
 EDITS: dict[str, type] = {
     edit.__name__: edit
-    for edit in (KeepHeads, KeepNeurons, KeepExperts, KeepLayers, LowRank, DepthwiseSeparable, Quantize, AddExits)
+    for edit in (KeepHeads, KeepNeurons, KeepExperts, KeepChannels, KeepLayers, LowRank, DepthwiseSeparable, Quantize, AddExits)
 }
 
 

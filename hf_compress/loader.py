@@ -265,14 +265,17 @@ def _refuse_to_resize(
 def _check_filled(model: Any, layout: Any, shapes: Mapping[str, torch.Size]) -> None:
     """Refuse a checkpoint without weights that the record says were compressed: transformers would draw them, or leave them."""
     find = finder(model)
-    changed = {id(find(n)) for n, entry in layout["modules"].items() if entry.keys() & {"shapes", "kinds", "lock"}}
+    changed = {id(find(n)): e for n, e in layout["modules"].items() if e.keys() & {"shapes", "kinds", "lock"}}
+    marked = any(getattr(buffer, "_is_hf_initialized", False) for buffer in model.buffers())  # not by every transformers
     for name, entry in layout["modules"].items():
         experts = find(name) if "children" in entry else None
-        changed |= set() if experts is None else {id(module) for module in experts.modules()}
+        changed |= {} if experts is None else {id(module): {} for module in experts.modules() if id(module) not in changed}
     missing, other = [], []
     for name, module in model.named_modules():
         exits = f".{name}.".startswith(".exit_heads.") and "exits" in layout
-        for key, parameter in module._parameters.items():
+        cut = changed.get(id(module), {}).get("shapes", {}) if marked else {}
+        statistics = [(key, buffer) for key, buffer in module._buffers.items() if key in cut]
+        for key, parameter in [*module._parameters.items(), *statistics]:
             if parameter is None or parameter.is_meta:  # offloaded to disk
                 continue
             full, filled = f"{name}.{key}".lstrip("."), getattr(parameter, "_is_hf_initialized", False)

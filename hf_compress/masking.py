@@ -25,14 +25,18 @@ class Mask:
             )
         self._gated: list[nn.Module] = []
         self._hooks: list[Any] = []
-        for cut in resolved.cuts:
-            module = model.get_submodule(cut.block.out)
+        gates = [(cut.block.out, cut.gate(), cut.block.consumer) for cut in resolved.cuts]
+        gates += [(name, gate, None) for name, gate in resolved.gates.items()]
+        for name, hidden, consumer in gates:
+            module = model.get_submodule(name)
             if "hfc_masks" not in module.__dict__:
                 base = gate_(module).clone() if is_gated(module) else None  # a mask of a checkpoint or a training
                 masks: dict[int | None, torch.Tensor | None] = {None: base}
                 module.__dict__["hfc_masks"] = masks
-            gate = gate_(module, consumer=cut.block.consumer)
-            module.__dict__["hfc_masks"][id(self)] = cut.gate().to(gate.device)
+            gate = gate_(module, consumer=consumer)
+            masks = module.__dict__["hfc_masks"]
+            before = masks.get(id(self))  # neurons and channels may meet in one projection
+            masks[id(self)] = hidden.to(gate.device) if before is None else hidden.to(gate.device) * before
             _combine(module)
             self._gated.append(module)
         for mixture, kept in resolved.mixtures:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.overrides import TorchFunctionMode
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
@@ -22,6 +23,8 @@ from transformers.pytorch_utils import Conv1D
 
 def width(linear: nn.Module, dim: int) -> int:
     """Outputs (`dim=0`) or inputs (`dim=1`) of a Linear, of GPT-2's transposed Conv1D, or of what replaced one."""
+    if isinstance(linear, _ConvNd):
+        return getattr(linear, ("out_channels", "in_channels")[dim])
     if "weight_scale" in linear._parameters:  # packed: its shape says nothing
         return getattr(linear, ("out_features", "in_features")[dim])
     name, where = factor(linear, dim)
@@ -171,20 +174,71 @@ def _rebuild_gated(kind: type, name: str, dim: int, state: dict[str, Any]) -> An
     return module
 
 
+class GatedInput:
+    """A convolution, or a Linear of a class that is not torch's, whose input channels are multiplied by `hfc_gate` (0 or 1).
+
+    The gate multiplies the input, so that it does not matter what the class makes of its weight; what is saved is the
+    weight with zeros. What the inputs are is not tracked.
+    """
+
+    hfc_gate: torch.Tensor
+
+    def forward(self, input: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        ones = (1,) * len(getattr(self, "kernel_size", ()))
+        return super().forward(input * self.hfc_gate.to(input.dtype).view(-1, *ones), *args, **kwargs)  # type: ignore[misc]
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[misc]
+        if keep_vars:
+            return
+        name = prefix + ("weight_depth" if "weight_depth" in self._parameters else "weight")  # type: ignore[attr-defined]
+        weight, gate = destination[name], self.hfc_gate.to(destination[name].dtype)
+        if name.endswith("weight_depth"):  # several kernels an input
+            gate = gate.repeat_interleave(weight.shape[0] // len(gate)).view(-1, 1)
+        elif isinstance(self, _ConvTransposeNd):
+            gate = gate.view(-1, 1)
+        elif not isinstance(self, _ConvNd):
+            gate = gate.view(*(1,) * (weight.ndim - 1), -1)
+        else:
+            gate = gate.view(self.groups, -1).repeat_interleave(weight.shape[0] // self.groups, 0)
+        destination[name] = (weight * gate.view(*gate.shape, *(1,) * (weight.ndim - gate.ndim))).detach()
+
+
+@functools.cache
+def _gated_by_input(kind: type) -> type:
+    members = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__reduce_ex__": _reduce_by_input}
+    return type(kind.__name__, (GatedInput, kind), members)
+
+
+def _reduce_by_input(self: Any, protocol: int) -> Any:
+    return _rebuild_by_input, (type(self).__mro__[2], self.__dict__)
+
+
+def _rebuild_by_input(kind: type, state: dict[str, Any]) -> Any:
+    module = object.__new__(_gated_by_input(kind))
+    module.__dict__.update(state)
+    return module
+
+
+def can_gate(module: nn.Module) -> bool:
+    """Whether `gate_` can give a module a gate over its inputs (or it has one)."""
+    return isinstance(module, _ConvNd | nn.Linear) or type(module) in GATED or is_gated(module)
+
+
 def gate_(linear: nn.Module, track: bool = False, consumer: tuple[str, int] | None = None) -> torch.Tensor:
     """Give a projection a gate of ones over its inputs (or return the one it has), to be changed in place.
 
     `consumer`: of a module that is no projection, the parameter that reads the units and the dimension along which they lie.
     """
-    if consumer is not None and not isinstance(linear, GatedParameter):
+    if consumer is not None and not is_gated(linear):
         name, dim = consumer
         weight = linear._parameters[name]
         assert weight is not None
         linear.__class__ = _gated_class(type(linear), name, dim)
         linear.register_buffer("hfc_gate", torch.ones(weight.shape[dim], device=weight.device), persistent=False)
         linear.register_buffer("hfc_active", None, persistent=False)
-    if type(linear) in GATED:
-        linear.__class__ = GATED[type(linear)]
+    if can_gate(linear) and not is_gated(linear):
+        linear.__class__ = GATED.get(type(linear)) or _gated_by_input(type(linear))
         assert isinstance(linear.weight, torch.Tensor)
         ones = torch.ones(width(linear, 1), dtype=torch.float32, device=linear.weight.device)
         linear.register_buffer("hfc_gate", ones, persistent=False)
@@ -212,12 +266,12 @@ def is_own_linear(module: nn.Module) -> bool:
 
 
 def is_gated(module: nn.Module) -> bool:
-    return type(module) in PLAIN or isinstance(module, GatedParameter)
+    return type(module) in PLAIN or isinstance(module, GatedParameter | GatedInput)
 
 
 def plain_kind(module: nn.Module) -> type:
     """The class of a module without its gate."""
-    if isinstance(module, GatedParameter):
+    if isinstance(module, GatedParameter | GatedInput):
         return type(module).__mro__[2]
     return PLAIN.get(type(module), getattr(type(module), "hfc_plain", type(module)))
 

@@ -263,7 +263,7 @@ def edit_from_dict(data: Any) -> Edit:
     needed = {field.name for field in fields(kind) if field.default is MISSING}
     if not needed <= values.keys() <= names:
         raise CompressionError(f"{data['edit']} takes {sorted(names)}, got {shown(sorted(map(str, values)))}.")
-    for name in ("heads", "neurons", "experts", "layers", "after"):
+    for name in ("heads", "neurons", "experts", "channels", "layers", "after"):
         if isinstance(values.get(name), str):
             values[name] = from_spans(values[name])
     return kind(**values)

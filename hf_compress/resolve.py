@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import torch
 from torch import nn
 
 from .cutting import Cut
@@ -21,18 +22,23 @@ class Resolved:
     heads: dict[str, tuple[int, ...]] = field(default_factory=dict)
     neurons: dict[str, tuple[int, ...]] = field(default_factory=dict)
     layers: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    gates: dict[str, torch.Tensor] = field(default_factory=dict)  # of channels (`channels.Removal.gates`), by module
     experts: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
     @property
     def mixtures(self) -> list[tuple[Mixture, tuple[int, ...]]]:
         """Every mixture that loses experts and whose layer stays, with those that it keeps."""
+        if not self.experts:
+            return []
         found = [(mixture, self.experts[mixture.name]) for mixture in self.structure.experts if mixture.name in self.experts]
         return [(m, kept) for m, kept in found if len(kept) < m.num_experts and not self.is_gone(m.name)]
 
     @property
     def cuts(self) -> list[Cut]:
         """One cut per block that loses something and whose layer stays."""
-        cuts = []
+        cuts: list[Cut] = []
+        if not self.heads and not self.neurons:
+            return cuts
         for attention in self.structure.attentions:
             kept = self.heads.get(attention.name)
             if kept is not None and len(kept) < attention.num_heads and not self.is_gone(attention.name):

@@ -109,6 +109,14 @@ class Structure:
         names = dict.fromkeys(layer.stack for layer in self.layers)
         return {name: tuple(layer for layer in self.layers if layer.stack == name) for name in names}
 
+    @property
+    def channels(self) -> tuple[Convolution, ...]:
+        """Convolutions that write channels of their own, which `KeepChannels` takes; depthwise ones pass on what they read.
+
+        Which of them share channels is seen when a model runs: `channel_groups`.
+        """
+        return tuple(c for c in self.convs if c.out_channels > 1 and not 1 < c.in_channels == c.groups)
+
     def __str__(self) -> str:
         rows = [("what", "name", "size")]
         for a in self.attentions:

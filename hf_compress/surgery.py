@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from .channel_proof import channel_gates, channels_
 from .cutting import Undo, Variant, cut_
 from .discover import Part
-from .edits import AddExits, CompressionError, KeepExperts, KeepHeads
+from .edits import AddExits, CompressionError, KeepChannels, KeepExperts, KeepHeads
 from .exits.options import resolve_exits
 from .exits.runtime import attach_exits_, detach_exits_
 from .exits.trial import try_exits
@@ -30,17 +31,20 @@ from .stacks import config_numbers, remove_layers_
 from .substitute import Substitution, names_given, substitute_
 
 
-def mask_(model: nn.Module, plan: Plan) -> Mask:
+def mask_(model: nn.Module, plan: Plan, *, inputs: Mapping[str, Any] | None = None) -> Mask:
     """Simulate a plan exactly without changing a shape: the function that the model will have after `apply_`.
 
-    Heads and neurons are multiplied by zero where they enter the output projection (the down projection); layers that
-    go are skipped; a router scores the experts that go with minus infinity. What is masked gets no gradient and cannot grow
-    back. Nothing is computed faster. Several masks hide what any of them hides. `save_pretrained` under a mask writes the
-    masked heads and neurons as zeros; skipped layers and experts are written as they are.
+    Heads and neurons are multiplied by zero where they enter the output projection (the down projection), channels
+    wherever they are summed over; layers that go are skipped; a router scores the experts that go with minus infinity. What
+    is masked gets no gradient and cannot grow back. Nothing is computed faster. Several masks hide what any of them hides.
+    `save_pretrained` under a mask writes the masked heads, neurons and channels as zeros; skipped layers and experts are
+    written as they are.
 
     Args:
         model (`nn.Module`): the model, changed in place until the mask is removed.
         plan (`Plan`): what would be cut.
+        inputs (`dict`, *optional*): a small batch, read only where channels are masked: which go together is seen in a
+            forward pass (see `apply_`).
 
     Returns:
         `Mask`: a handle with `.remove()`, also a context manager.
@@ -67,8 +71,11 @@ def mask_(model: nn.Module, plan: Plan) -> Mask:
     """
     model = _unwrapped(model)
     check_foreign(model)
-    resolved = resolve(model, plan)
+    edits = plan.edits if isinstance(plan, Plan) else ()
+    channels = [edit for edit in edits if isinstance(edit, KeepChannels)]
+    resolved = resolve(model, Plan(edit for edit in edits if edit not in channels) if channels else plan)
     check_modules(model, resolved.cuts)
+    resolved.gates = channel_gates(model, channels, inputs, resolved)
     return Mask(model, resolved)
 
 
@@ -128,6 +135,8 @@ def apply_(model: nn.Module, plan: Plan, *, inputs: Mapping[str, Any] | None = N
         for step in steps:
             if isinstance(step.edits[0], Substitution):
                 _substitute(model, step, inputs, undo)
+            elif isinstance(step.edits[0], KeepChannels):
+                _cut_channels(model, step, inputs, undo)
             elif isinstance(step.edits[0], AddExits):
                 _add_exits(model, step, inputs, undo)
             elif isinstance(step.edits[0], KeepExperts):
@@ -148,7 +157,7 @@ def _steps(plan: Plan) -> list[Plan]:
     _check_tensors(plan)
 
     def kind(edit: Any) -> type:
-        return type(edit) if isinstance(edit, Substitution | AddExits | KeepExperts) else KeepHeads
+        return type(edit) if isinstance(edit, Substitution | AddExits | KeepExperts | KeepChannels) else KeepHeads
 
     return [Plan(run, plan.tensors) for _, run in groupby(plan.edits, kind)]
 
@@ -185,6 +194,14 @@ def _experts(model: nn.Module, plan: Plan, inputs: Mapping[str, Any] | None, und
             }
             move_entries_(owner, local, undo)
             stamp_(owner, name, plan, record, {}, {}, undo)
+
+
+def _cut_channels(model: nn.Module, plan: Plan, inputs: Mapping[str, Any] | None, undo: Undo) -> None:
+    edits: Any = plan.edits
+    record = channels_(model, edits, inputs, undo)
+    for name, owner in owners_in(model):
+        if any(not name or touched.startswith(f"{name}.") for touched in record):
+            stamp_(owner, name, Plan(edits), record, {}, {}, undo)
 
 
 def _add_exits(model: nn.Module, plan: Plan, inputs: Mapping[str, Any] | None, undo: Undo) -> None:

@@ -12,6 +12,7 @@ from .edits import (
     AddExits,
     DepthwiseSeparable,
     Edit,
+    KeepChannels,
     KeepExperts,
     KeepHeads,
     KeepLayers,
@@ -27,6 +28,7 @@ TECHNIQUES: dict[type, tuple[str, str]] = {
     KeepHeads: ("pruned", "pruning"),
     KeepNeurons: ("pruned", "pruning"),
     KeepExperts: ("pruned", "pruning"),
+    KeepChannels: ("pruned", "pruning"),
     KeepLayers: ("pruned", "pruning"),
     LowRank: ("made low-rank", "low-rank"),
     DepthwiseSeparable: ("made depthwise separable", "depthwise-separable"),
@@ -101,6 +103,10 @@ def _experts(edits: list[Any]) -> list[str]:
     return [f"Experts: {_kept({e.moe: len(e.experts) for e in edits}, 'expert', 'mixture')}."]
 
 
+def _channels(edits: list[Any]) -> list[str]:
+    return [f"Channels: {_kept({e.conv: len(e.channels) for e in edits}, 'channel', 'group')}."]
+
+
 def _kept(sizes: Mapping[str, int], unit: str, block: str = "block") -> str:
     verb, each = ("keeps", "") if len(sizes) == 1 else ("keep", " each")
     low, high = min(sizes.values()), max(sizes.values())
@@ -166,6 +172,7 @@ SENTENCES: dict[type, Callable[[list[Any]], list[str]]] = {
     KeepHeads: _heads,
     KeepNeurons: _neurons,
     KeepExperts: _experts,
+    KeepChannels: _channels,
     KeepLayers: _layers,
     LowRank: _low_rank,
     DepthwiseSeparable: _depthwise,

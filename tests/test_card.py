@@ -31,6 +31,7 @@ EDIT_OF = {
     "KeepHeads": hc.KeepHeads(ATTENTION.format(0), [0, 2, 3]),
     "KeepNeurons": hc.KeepNeurons(FFN.format(0), [7]),
     "KeepExperts": hc.KeepExperts("layers.0.mlp", [1, 4, 5]),
+    "KeepChannels": hc.KeepChannels("stem.conv", [0, 5]),
     "KeepLayers": hc.KeepLayers([0, 1, 4]),
     "LowRank": hc.LowRank(LINEAR.format(0), 13),
     "DepthwiseSeparable": hc.DepthwiseSeparable("conv", 2),
@@ -247,6 +248,7 @@ def test_every_edit_has_words():
     [
         ("empty", "none", ["published with `hf_compress`", "Nothing was measured"], ["What was done", "Before and after"]),
         ("KeepHeads", "full", ["Attention heads: 1 block keeps 3 heads.", "# all-MiniLM-L6-v2, pruned and distilled"], []),
+        ("KeepChannels", "full", ["Channels: 1 group keeps 2 channels.", "# all-MiniLM-L6-v2, pruned and distilled"], []),
         ("KeepLayers", "full", ["Layers: 3 layers of the stack stay, 0-1, 4, counted from 0."], ["quantized"]),
         ("LowRank", "full", ["Low rank: 1 layer is a product of two thinner ones, of rank 13."], ["fitted"]),
         ("DepthwiseSeparable", "full", ["1 convolution is split into up to 2 kernels per channel"], []),

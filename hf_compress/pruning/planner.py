@@ -12,10 +12,11 @@ from tqdm.auto import tqdm
 
 from ..cutting import Block
 from ..discover import Structure, discover
-from ..edits import CompressionError
+from ..edits import CompressionError, KeepChannels
 from ..plan import Plan
 from ..refusals import check_foreign
 from ..surgery import prove_plan
+from .channels import plan_channels
 from .scores import SCORES
 from .select import (
     check_measurable,
@@ -38,6 +39,7 @@ def plan_pruning(
     *,
     heads: float = 0.0,
     neurons: float = 0.0,
+    channels: float = 0.0,
     score: str = "taylor",
     scope: str = "global",
     uniform: bool = False,
@@ -57,6 +59,8 @@ def plan_pruning(
             enough. Not read by `"magnitude"` and `"random"`.
         heads (`float`, defaults to 0.0): the fraction of all heads to *remove*, in [0, 1).
         neurons (`float`, defaults to 0.0): the fraction of all FFN neurons to *remove*, in [0, 1).
+        channels (`float`, defaults to 0.0): the fraction of all channels that can go to *remove*, in [0, 1); by `"magnitude"`
+            or `"random"`. The model runs once, on the first batch if there is one (see `channel_groups`).
         score (`str`, defaults to `"taylor"`): `"taylor"` (Molchanov 2019), `"gradient"` (Michel 2019), `"magnitude"`,
             `"activation"` (how often a neuron is not zero; for smooth activations and for heads the mean magnitude) or
             `"random"`; formulas in `hf_compress.pruning.scores`.
@@ -92,7 +96,7 @@ def plan_pruning(
 
     ```
     """
-    check_options(heads, neurons, score, scope, round_to, uniform)
+    check_options(heads, neurons, score, scope, round_to, uniform, channels)
     check_seed(seed)
     if loss_fn is not None and not callable(loss_fn):
         raise CompressionError(f"loss_fn must be a function of (outputs, batch), got {loss_fn!r}.")
@@ -109,8 +113,13 @@ def plan_pruning(
         if fraction and not blocks:
             raise CompressionError(f"{type(model).__name__} has no {what} that can be cut; see discover(model).")
     wanted: list[Block] = [*(structure.attentions if heads else ()), *(structure.ffns if neurons else ())]
+    cut_channels: list[KeepChannels] = []
+    if channels:
+        first = batches[0] if isinstance(batches, Sequence) and batches else None
+        options: dict[str, Any] = dict(score=score, scope=scope, uniform=uniform, round_to=round_to, seed=seed, inputs=first)
+        cut_channels = plan_channels(model, channels, **options)
     if not wanted:
-        return Plan()
+        return Plan(cut_channels)
     measured = _measure(model, structure, wanted, batches, score, loss_fn, seed)
     kept: dict[str, dict[str, list[int]]] = {}
     for what, fraction, blocks in (("heads", heads, structure.attentions), ("neurons", neurons, structure.ffns)):
@@ -124,7 +133,7 @@ def plan_pruning(
         kept[what] = select(scores, fraction, scope=scope, uniform=uniform, round_to=rounded)
         if scores:
             warn_if_off(what, fraction, kept[what], {name: len(s) for name, s in scores.items()})
-    return plan_of(structure, kept["heads"], kept["neurons"])
+    return plan_of(structure, kept["heads"], kept["neurons"]) + Plan(cut_channels)
 
 
 def _measure(

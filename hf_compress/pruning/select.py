@@ -22,9 +22,11 @@ logger = logging.get_logger(__name__)
 SCOPES = ("global", "layer")
 
 
-def check_options(heads: float, neurons: float, score: str, scope: str, round_to: int, uniform: bool) -> None:
+def check_options(
+    heads: float, neurons: float, score: str, scope: str, round_to: int, uniform: bool, channels: float = 0.0
+) -> None:
     """Refuse options that mean nothing, with what is allowed."""
-    for name, value in (("heads", heads), ("neurons", neurons)):
+    for name, value in (("heads", heads), ("neurons", neurons), ("channels", channels)):
         if not isinstance(value, numbers.Real) or isinstance(value, bool) or not 0 <= value < 1:
             raise CompressionError(f"{name} is the fraction to remove and must lie in [0, 1), got {value!r}.")
     if not isinstance(score, str) or score not in SCORES:
