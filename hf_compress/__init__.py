@@ -26,6 +26,7 @@ from .edits import (
     KeepHeads,
     KeepLayers,
     KeepNeurons,
+    KeepVocabulary,
     LowRank,
     Quantize,
 )
@@ -47,7 +48,9 @@ from .quantization.to_float import dequantize_
 from .recipe import RecipeError, run_recipe
 from .report import Report
 from .surgery import apply_, mask_
+from .tokenizer import cut_tokenizer
 from .trainer import CompressionTrainer
+from .vocabulary_plan import plan_vocabulary
 
 __all__ = [
     "AddExits",
@@ -62,6 +65,7 @@ __all__ = [
     "KeepHeads",
     "KeepLayers",
     "KeepNeurons",
+    "KeepVocabulary",
     "LowRank",
     "Mask",
     "Plan",
@@ -74,6 +78,7 @@ __all__ = [
     "Seq2SeqDistillationArguments",
     "Structure",
     "apply_",
+    "cut_tokenizer",
     "dequantize_",
     "detach_exits_",
     "discover",
@@ -87,6 +92,7 @@ __all__ = [
     "plan_low_rank",
     "plan_pruning",
     "plan_quantization",
+    "plan_vocabulary",
     "push_to_hub",
     "render_card",
     "run_recipe",
