@@ -28,6 +28,7 @@ from .edits import (
     KeepHeads,
     KeepLayers,
     KeepNeurons,
+    KeepVocabulary,
     LowRank,
     Quantize,
 )
@@ -49,7 +50,9 @@ from .quantization.to_float import dequantize_
 from .recipe import RecipeError, run_recipe
 from .report import Report
 from .surgery import apply_, mask_
+from .tokenizer import cut_tokenizer
 from .trainer import CompressionTrainer
+from .vocabulary_plan import plan_vocabulary
 
 __all__ = [
     "AddExits",
@@ -66,6 +69,7 @@ __all__ = [
     "KeepHeads",
     "KeepLayers",
     "KeepNeurons",
+    "KeepVocabulary",
     "LowRank",
     "Mask",
     "Plan",
@@ -79,6 +83,7 @@ __all__ = [
     "Structure",
     "apply_",
     "channel_groups",
+    "cut_tokenizer",
     "dequantize_",
     "detach_exits_",
     "discover",
@@ -92,6 +97,7 @@ __all__ = [
     "plan_low_rank",
     "plan_pruning",
     "plan_quantization",
+    "plan_vocabulary",
     "push_to_hub",
     "render_card",
     "run_recipe",

@@ -406,10 +406,66 @@ class AddExits:
                 object.__setattr__(self, name, tuple(value))
 
 
-Edit = KeepHeads | KeepNeurons | KeepExperts | KeepChannels | KeepLayers | LowRank | DepthwiseSeparable | Quantize | AddExits
+@dataclass(frozen=True)
+class KeepVocabulary:
+    """Keep these tokens: their rows of the token embedding, of the output head, and of whatever else has one row a token.
+
+    A token's new id is its place among those that stay, in order: of `(0, 5, 9)`, token 9 becomes 2. The ids in the configs
+    follow; the tokenizer is cut to match by `cut_tokenizer`.
+
+    Args:
+        tokens (`Sequence[int]`): ids of the tokens that stay.
+        embedding (`str`, *optional*): which vocabulary, where a model has several: the name of its token embedding, or of
+            the sub-model that holds it (`"decoder"`).
+
+    Raises:
+        CompressionError: an id is negative, named twice or not a whole number, or none is left.
+
+    Example:
+
+    ```python
+    >>> from hf_compress import KeepVocabulary
+    >>> KeepVocabulary([9, 0, 5])
+    KeepVocabulary(tokens=(0, 5, 9), embedding=None)
+
+    ```
+    """
+
+    tokens: tuple[int, ...]
+    embedding: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.embedding is not None:
+            _name(self.embedding, "KeepVocabulary.embedding")
+        object.__setattr__(self, "tokens", _indices(self.tokens, "KeepVocabulary.tokens"))
+
+
+Edit = (
+    KeepHeads
+    | KeepNeurons
+    | KeepExperts
+    | KeepChannels
+    | KeepLayers
+    | LowRank
+    | DepthwiseSeparable
+    | Quantize
+    | AddExits
+    | KeepVocabulary
+)
 EDITS: dict[str, type] = {
     edit.__name__: edit
-    for edit in (KeepHeads, KeepNeurons, KeepExperts, KeepChannels, KeepLayers, LowRank, DepthwiseSeparable, Quantize, AddExits)
+    for edit in (
+        KeepHeads,
+        KeepNeurons,
+        KeepExperts,
+        KeepChannels,
+        KeepLayers,
+        LowRank,
+        DepthwiseSeparable,
+        Quantize,
+        AddExits,
+        KeepVocabulary,
+    )
 }
 
 

@@ -43,6 +43,7 @@ from .publishable import (
     check_plan,
     check_recipe,
     check_report,
+    check_tokenizer,
     named,
 )
 from .report import EVAL_FILE, REPORT_FILE, Report
@@ -137,6 +138,7 @@ mask (Mask.remove()), or cut what it hides (apply_ with its plan), then push.
             raise CompressionError(
                 f"{name} must be something with save_pretrained (a tokenizer, a processor, ...), got {named(given)}."
             )
+    check_tokenizer(owner, tokenizer, processor)
     plan = check_plan(owner, plan)
     report = check_report(owner, report)
     recipe_text = check_recipe(recipe)

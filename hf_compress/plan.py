@@ -228,9 +228,10 @@ def _check_tensors(tensors: Any) -> None:
 def _row(edit: Edit) -> tuple[str, str]:
     """(what is edited, how), for people."""
     first, *others = ((field, getattr(edit, field.name)) for field in fields(edit))
-    if isinstance(first[1], tuple):  # KeepLayers, AddExits
-        target = getattr(edit, "stack", None) or "the stack"
-        kept, others = first[1], [pair for pair in others if pair[0].name != "stack"]
+    if isinstance(first[1], tuple):  # KeepLayers, AddExits, KeepVocabulary
+        where = next((name for name in ("embedding", "stack") if hasattr(edit, name)), "stack")
+        target = getattr(edit, where, None) or f"the {where}"
+        kept, others = first[1], [pair for pair in others if pair[0].name != where]
     else:
         target, kept = first[1], others.pop(0)[1] if isinstance(others[0][1], tuple) else None
     words = [f"{field.name}={value!r}" for field, value in others if field.default is MISSING or value != field.default]
@@ -263,7 +264,7 @@ def edit_from_dict(data: Any) -> Edit:
     needed = {field.name for field in fields(kind) if field.default is MISSING}
     if not needed <= values.keys() <= names:
         raise CompressionError(f"{data['edit']} takes {sorted(names)}, got {shown(sorted(map(str, values)))}.")
-    for name in ("heads", "neurons", "experts", "channels", "layers", "after"):
+    for name in ("heads", "neurons", "experts", "channels", "layers", "after", "tokens"):
         if isinstance(values.get(name), str):
             values[name] = from_spans(values[name])
     return kind(**values)

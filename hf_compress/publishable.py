@@ -18,7 +18,7 @@ from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .edits import CompressionError
 from .masking import skip_layer
@@ -92,6 +92,44 @@ def check_arguments(repo_id: Any, private: Any, revision: Any, create_pr: Any, t
         raise CompressionError(f"revision must be the name of a branch, got {revision!r}; commits and tags do not move.")
     if token is not None and not isinstance(token, str | bool):
         raise CompressionError(f"token must be a text, True or False, got {type(token).__name__}.")
+
+
+def check_tokenizer(model: PreTrainedModel, *given: Any) -> None:
+    """Refuse a tokenizer whose own tokens (not those that were added to it) have ids which the model does not have."""
+    try:
+        rows = getattr(model.get_input_embeddings(), "num_embeddings", None)
+    except (NotImplementedError, AttributeError):  # models of several parts
+        return
+    for one in given:
+        tokenizer = getattr(one, "tokenizer", one)  # of a processor
+        if isinstance(rows, int) and isinstance(tokenizer, PreTrainedTokenizerBase):
+            tokenizer: Any = tokenizer
+            own = tokenizer.get_vocab().items() - tokenizer.get_added_vocab().items()
+            _check_ids(max((index for _, index in own), default=0), rows, "The tokenizer")
+
+
+def _check_ids(most: int, rows: int, what: str) -> None:
+    if most >= rows:
+        raise CompressionError(
+            f"{what} gives ids up to {most}, and the model has {rows} tokens (0-{rows - 1}), so texts would fail: it is not "
+            "that of this model. Where its vocabulary was cut: tokenizer = hc.cut_tokenizer(tokenizer, plan), and save that."
+        )
+
+
+def _check_tokenizer_in(path: Path) -> None:
+    """The same for a folder: what `tokenizer.json` numbers, and the rows that `config.json` names."""
+    file = path / "tokenizer.json"
+    try:
+        config = json.loads((path / CONFIG_FILE).read_text(encoding="utf-8"))
+        data = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        rows = config.get("vocab_size", (config.get("text_config") or {}).get("vocab_size"))
+        added = {token["id"] for token in data.get("added_tokens") or ()}
+        vocab = data.get("model", {}).get("vocab") or {}
+        ids = set(range(len(vocab)) if isinstance(vocab, list) else vocab.values()) - added
+    except (OSError, ValueError, AttributeError, KeyError, TypeError):  # whatever is wrong with it, loading will tell
+        return
+    if type(rows) is int and ids:
+        _check_ids(max(ids), rows, str(file))
 
 
 def check_plan(model: PreTrainedModel, plan: Any) -> Plan:
@@ -201,6 +239,7 @@ def check_folder(folder: Any) -> None:
         shards = {shard for index in indices for shard in index.values()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CompressionError(f"The index of the weights in {path} cannot be read ({error}). Save the model again.") from error
+    _check_tokenizer_in(path)
     missing = sorted(shards - {file.name for file in weights})
     if missing:
         raise CompressionError(

@@ -13,7 +13,7 @@ from torch import nn
 from .channel_proof import channel_gates, channels_
 from .cutting import Undo, Variant, cut_
 from .discover import Part
-from .edits import AddExits, CompressionError, KeepChannels, KeepExperts, KeepHeads
+from .edits import AddExits, CompressionError, KeepChannels, KeepExperts, KeepHeads, KeepVocabulary
 from .exits.options import resolve_exits
 from .exits.runtime import attach_exits_, detach_exits_
 from .exits.trial import try_exits
@@ -29,6 +29,7 @@ from .refusals import check_adapters, check_experts, check_foreign, check_masks,
 from .resolve import Resolved, resolve
 from .stacks import config_numbers, remove_layers_
 from .substitute import Substitution, names_given, substitute_
+from .vocabulary import vocabulary_
 
 
 def mask_(model: nn.Module, plan: Plan, *, inputs: Mapping[str, Any] | None = None) -> Mask:
@@ -141,6 +142,8 @@ def apply_(model: nn.Module, plan: Plan, *, inputs: Mapping[str, Any] | None = N
                 _add_exits(model, step, inputs, undo)
             elif isinstance(step.edits[0], KeepExperts):
                 _experts(model, step, inputs, undo)
+            elif isinstance(step.edits[0], KeepVocabulary):
+                inputs = _keep_vocabulary(model, step, inputs, undo)
             else:
                 _cut(model, step, inputs, undo)
     except BaseException:
@@ -157,7 +160,8 @@ def _steps(plan: Plan) -> list[Plan]:
     _check_tensors(plan)
 
     def kind(edit: Any) -> type:
-        return type(edit) if isinstance(edit, Substitution | AddExits | KeepExperts | KeepChannels) else KeepHeads
+        own = Substitution | AddExits | KeepExperts | KeepChannels | KeepVocabulary
+        return type(edit) if isinstance(edit, own) else KeepHeads
 
     return [Plan(run, plan.tensors) for _, run in groupby(plan.edits, kind)]
 
@@ -218,6 +222,17 @@ def _add_exits(model: nn.Module, plan: Plan, inputs: Mapping[str, Any] | None, u
     attach_exits_(owner, options)
     try_exits(owner, options, None if name else inputs)
     stamp_(owner, name, Plan([edit]), {}, {}, {}, undo, exits=options)
+
+
+def _keep_vocabulary(model: nn.Module, plan: Plan, inputs: Mapping[str, Any] | None, undo: Undo) -> Mapping[str, Any] | None:
+    """Gives the inputs under their new ids, for the steps that follow."""
+    check_adapters(model)
+    for edit in plan.edits:
+        assert isinstance(edit, KeepVocabulary)
+        name, owner, record, inputs = vocabulary_(model, edit, inputs, undo)
+        if record:
+            stamp_(owner, name, Plan([edit]), record, {}, {}, undo)
+    return inputs
 
 
 def _cut(model: nn.Module, plan: Plan, inputs: Mapping[str, Any] | None, undo: Undo) -> None:

@@ -17,6 +17,7 @@ from .edits import (
     KeepHeads,
     KeepLayers,
     KeepNeurons,
+    KeepVocabulary,
     LowRank,
     Quantize,
     spans_of,
@@ -30,6 +31,7 @@ TECHNIQUES: dict[type, tuple[str, str]] = {
     KeepExperts: ("pruned", "pruning"),
     KeepChannels: ("pruned", "pruning"),
     KeepLayers: ("pruned", "pruning"),
+    KeepVocabulary: ("given a smaller vocabulary", "vocabulary-trimming"),
     LowRank: ("made low-rank", "low-rank"),
     DepthwiseSeparable: ("made depthwise separable", "depthwise-separable"),
     Quantize: ("quantized", "quantization"),
@@ -121,6 +123,13 @@ def _layers(edits: list[Any]) -> list[str]:
     ]
 
 
+def _vocabulary(edits: list[Any]) -> list[str]:
+    last = {e.embedding: len(e.tokens) for e in edits}
+    return [
+        f"Vocabulary: {count(n, 'token')} {'stays' if n == 1 else 'stay'}{f' in `{e}`' if e else ''}." for e, n in last.items()
+    ]
+
+
 def _spans(indices: tuple[int, ...]) -> str:
     return spans_of(indices).replace(" ", ", ")
 
@@ -174,6 +183,7 @@ SENTENCES: dict[type, Callable[[list[Any]], list[str]]] = {
     KeepExperts: _experts,
     KeepChannels: _channels,
     KeepLayers: _layers,
+    KeepVocabulary: _vocabulary,
     LowRank: _low_rank,
     DepthwiseSeparable: _depthwise,
     Quantize: _quantize,

@@ -37,6 +37,7 @@ EDIT_OF = {
     "DepthwiseSeparable": hc.DepthwiseSeparable("conv", 2),
     "Quantize": hc.Quantize(LINEAR.format(0)),
     "AddExits": hc.AddExits([1]),
+    "KeepVocabulary": hc.KeepVocabulary(range(9000)),
 }
 PLANS = {
     "empty": hc.Plan(),
@@ -253,6 +254,7 @@ def test_every_edit_has_words():
         ("LowRank", "full", ["Low rank: 1 layer is a product of two thinner ones, of rank 13."], ["fitted"]),
         ("DepthwiseSeparable", "full", ["1 convolution is split into up to 2 kernels per channel"], []),
         ("Quantize", "full", ["1 module is stored in 8 bits, one scale", "multiplied as integers on CPUs"], ["weights alone"]),
+        ("KeepVocabulary", "full", ["Vocabulary: 9,000 tokens stay.", "distilled and given a smaller vocabulary"], []),
         ("AddExits", "full", ["1 classifier after layer 1, counted from 0", "exit_layers(model)", "depends on the inputs"], []),
         ("many", "full", ["3 modules are stored in 4 bits, in groups of 64, weights alone, unpacked whenever used."], []),
         ("many", "full", ["1 to 3 heads each", "500 to 1,499 neurons each", "less space and no less time"], []),

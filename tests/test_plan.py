@@ -13,14 +13,16 @@ from hf_compress.plan import PLAN_FILE, TENSORS_FILE
 PLAN = hc.Plan(
     [hc.KeepHeads("a.self", [5, 0, 2]), hc.KeepNeurons("a", range(3)), hc.KeepLayers((0, 2)), hc.KeepLayers([1], "decoder")]
 )
+TOKENS = hc.Plan([hc.KeepVocabulary([7, 0, 1]), hc.KeepVocabulary(range(3), "decoder")])
 WITH_TENSORS = hc.Plan(PLAN.edits, {"w": torch.arange(6.0).view(2, 3), "s": torch.tensor([1, 2], dtype=torch.int8)})
 
 
-@pytest.mark.parametrize("plan", [hc.Plan(), PLAN, WITH_TENSORS], ids=["empty", "edits", "tensors"])
+@pytest.mark.parametrize("plan", [hc.Plan(), PLAN, TOKENS, WITH_TENSORS], ids=["empty", "edits", "tokens", "tensors"])
 def test_disk_and_json_are_the_identity(plan, tmp_path):
     plan.save(tmp_path)
     assert hc.Plan.load(tmp_path) == plan
-    assert hc.Plan.from_dict(json.loads(json.dumps(plan.to_dict())), plan.tensors) == plan
+    for spans in (False, True):
+        assert hc.Plan.from_dict(json.loads(json.dumps(plan.to_dict(spans))), plan.tensors) == plan
 
 
 def test_order_inside_an_edit_has_no_meaning_and_order_of_edits_has():
@@ -43,6 +45,10 @@ def test_print_names_every_edit_with_what_stays():
     assert lines[0] == "Plan with 4 edits and 2 tensors (0.0 MB)"
     assert lines[1].split() == ["KeepHeads", "a.self", "keep", "3:", "0", "2", "5"]
     assert lines[4].split() == ["KeepLayers", "decoder", "keep", "1:", "1"]
+    assert [line.split() for line in str(TOKENS).splitlines()[1:]] == [
+        ["KeepVocabulary", "the", "embedding", "keep", "3:", "0-1", "7"],
+        ["KeepVocabulary", "decoder", "keep", "3:", "0-2"],
+    ]
 
 
 @pytest.mark.parametrize(
@@ -59,6 +65,8 @@ def test_print_names_every_edit_with_what_stays():
         (lambda: hc.KeepNeurons("", [0]), "module name"),
         (lambda: hc.KeepLayers([]), "is empty"),
         (lambda: hc.KeepLayers([0], stack=1), "module name"),
+        (lambda: hc.KeepVocabulary([]), "is empty"),
+        (lambda: hc.KeepVocabulary([0], 5), "module name"),
         (lambda: hc.Plan(["x"]), "A plan is made of edits"),
         (lambda: hc.Plan((), {"w": 3}), "names to tensors"),
         (lambda: WITH_TENSORS + WITH_TENSORS, "Both plans carry a tensor named 's'"),
