@@ -1,0 +1,93 @@
+"""The edits that the sweep tries, and a random plan for each: a new edit is one line in `EDITS`."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import hf_compress as hc
+
+
+def heads(model: Any, draw: random.Random) -> list[Any]:
+    """Other heads in every attention; whole key/value groups."""
+    chosen = []
+    for i, a in enumerate(hc.discover(model).attentions):
+        if a.num_heads == 1:
+            continue
+        if a.num_key_value_heads == 1:
+            kept = sorted(draw.sample(range(a.num_heads), 1 + i % (a.num_heads - 1)))
+        else:
+            most = max(2, a.num_key_value_heads - 1)  # of two, every other layer keeps both
+            groups = sorted(draw.sample(range(a.num_key_value_heads), 1 + i % most))
+            kept = [g * a.groups + j for g in groups for j in range(a.groups)]
+        chosen.append(hc.KeepHeads(a.name, kept))
+    return chosen
+
+
+def neurons(model: Any, draw: random.Random) -> list[Any]:
+    """Other neurons in every feed-forward block, and other counts."""
+    chosen = []
+    for f in hc.discover(model).ffns:
+        if f.size > 3:
+            chosen.append(hc.KeepNeurons(f.name, sorted(draw.sample(range(f.size), draw.randint(max(1, f.size // 4), f.size - 2)))))
+    return chosen
+
+
+def layers(model: Any, draw: random.Random) -> list[Any]:
+    """One layer goes from every stack, never the first, which others may depend on."""
+    chosen = []
+    for name, stack in hc.discover(model).stacks.items():
+        if len(stack) > 1:
+            gone = draw.randrange(1, len(stack))
+            chosen.append(hc.KeepLayers([i for i in range(len(stack)) if i != gone], name))
+    return chosen
+
+
+def three(model: Any, draw: random.Random) -> list[Any]:
+    return [*heads(model, draw), *neurons(model, draw), *layers(model, draw)]
+
+
+def low_rank(model: Any, draw: random.Random) -> Any:
+    return hc.plan_low_rank(model, ratio=0.5)
+
+
+def separable(model: Any, draw: random.Random) -> list[Any]:
+    """Every convolution over several positions that is not depthwise already."""
+    return [
+        hc.DepthwiseSeparable(c.name)
+        for c in hc.discover(model).convs
+        if c.groups == 1 and len(c.kernel_size) < 3 and max(c.kernel_size) > 1
+    ]
+
+
+def eight_bit(model: Any, draw: random.Random) -> Any:
+    return hc.plan_quantization(model, bits=8)
+
+
+def four_bit(model: Any, draw: random.Random) -> Any:
+    return hc.plan_quantization(model, bits=4)
+
+
+def exits(model: Any, draw: random.Random) -> list[Any]:
+    return [hc.AddExits([0])]
+
+
+# name -> (plan, kind, the mapping whose class it needs if the type has one): "cut" is compared with masks, "kind" with the
+# float form, "exits" with the model itself
+EDITS: dict[str, tuple[Callable[[Any, random.Random], Any], str, str | None]] = {
+    "KeepHeads": (heads, "cut", None),
+    "KeepNeurons": (neurons, "cut", None),
+    "KeepLayers": (layers, "cut", None),
+    "all three": (three, "cut", None),
+    "LowRank": (low_rank, "kind", None),
+    "DepthwiseSeparable": (separable, "kind", None),
+    "Quantize 8 bit": (eight_bit, "kind", None),
+    "Quantize 4 bit": (four_bit, "kind", None),
+    "AddExits": (exits, "exits", "SEQUENCE_CLASSIFICATION"),
+}
+
+
+def plan_for(edit: str, model: Any, seed: int = 0) -> hc.Plan:
+    made = EDITS[edit][0](model, random.Random(seed))
+    return made if isinstance(made, hc.Plan) else hc.Plan(made)
