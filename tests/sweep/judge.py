@@ -16,13 +16,14 @@ from torch import nn
 import hf_compress as hc
 
 from .build import NotBuilt, build
+from .effective import float_form, without_rounding
 from .load import Died, Loader, flat, outputs_of
 from .plans import EDITS, plan_for
 from .types import class_name
 
 CLOSE = 1e-5  # of the largest output, fp32
 ATTENTION = re.compile(r"Attention|Attn")
-FEED_FORWARD = re.compile(r"MLP|Mlp|FeedForward|FFN|Intermediate|Experts|MoE|Moe")
+FEED_FORWARD = re.compile(r"MLP|Mlp|FeedForward|FFN|Intermediate|Experts$|MoE$|MoeBlock|SparseMoe")
 
 
 class Wrong(Exception):
@@ -153,8 +154,9 @@ def _cut(model: Any, dense: Any, plan: hc.Plan, inputs: Any, loader: Loader, pla
         if not details["cut_hand_double"] <= CLOSE / 10:
             raise Wrong(f"cut and mask differ by {worst:.1e} of the largest output")
     _survives(model, cut, batch, loader, plain, details)
-    _generates(model, dense, plan, inputs, details)
-    _trains(model, dense, plan, batch, details)
+    if plain is not None:
+        _generates(model, dense, plan, inputs, details)
+        _trains(model, dense, plan, batch, details)
 
 
 def _in_double(cut: Any, hand: Any, batch: dict) -> float:
@@ -183,18 +185,13 @@ def by_hand(model: Any, plan: hc.Plan) -> Any:
             weight = getattr(out, "weight", None)
             if weight is None or weight.ndim != 2:
                 return None
-            columns = weight.T if isinstance(out, Conv1D) or hasattr(out, "nf") else weight
-            columns = columns.T.view(-1, columns.shape[0]) if not columns.T.is_contiguous() else columns.T
+            transposed = isinstance(out, Conv1D)
             kept = set(edit.heads if isinstance(edit, hc.KeepHeads) else edit.neurons)
             size = block.num_heads if isinstance(edit, hc.KeepHeads) else block.size
-            each = (weight.shape[0] if isinstance(out, Conv1D) or hasattr(out, "nf") else weight.shape[1]) // size
-            for unit in range(size):
-                if unit not in kept:
-                    rows = slice(unit * each, (unit + 1) * each)
-                    if isinstance(out, Conv1D) or hasattr(out, "nf"):
-                        weight[rows] = 0
-                    else:
-                        weight[:, rows] = 0
+            each = weight.shape[0 if transposed else 1] // size
+            for unit in set(range(size)) - kept:
+                where = slice(unit * each, (unit + 1) * each)
+                weight[where if transposed else (slice(None), where)] = 0
     return model
 
 
@@ -326,8 +323,6 @@ def _with_grad(value: Any) -> list[torch.Tensor]:
 
 
 def _kind(model: Any, dense: Any, plan: hc.Plan, inputs: Any, loader: Loader, plain: Loader | None, details: dict) -> None:
-    from .effective import float_form
-
     batch = other_inputs(dense, inputs)
     before = outputs_of(model, batch)
     try:
@@ -338,14 +333,15 @@ def _kind(model: Any, dense: Any, plan: hc.Plan, inputs: Any, loader: Loader, pl
     now = outputs_of(model, batch)
     if far(now, before) == 0:
         raise Wrong("the plan has no effect, so nothing was shown")
-    form, limit = float_form(copy.deepcopy(dense), model, plan)
-    details["form"] = far(now, outputs_of(form, batch))
-    if details["form"] > limit:
+    form = outputs_of(float_form(copy.deepcopy(dense), model, plan), batch)
+    details["form"] = far(outputs_of(without_rounding(model), batch), form)
+    if details["form"] > 1e-4:
         raise Wrong(f"differs by {details['form']:.1e} of the largest output from the float form with the same weights")
     _survives(model, now, batch, loader, plain, details)
 
 
 def _exits(model: Any, dense: Any, plan: hc.Plan, inputs: Any, loader: Loader, plain: Loader | None, details: dict) -> None:
+    """With a threshold that nobody reaches, nothing changes; with one that everybody does, the first layers alone give the answer."""
     batch = other_inputs(dense, inputs)
     before = outputs_of(model, batch)
     try:
@@ -353,8 +349,20 @@ def _exits(model: Any, dense: Any, plan: hc.Plan, inputs: Any, loader: Loader, p
     except BaseException:
         _unchanged(model, dense, before, batch)
         raise
-    now = outputs_of(model, batch)
-    _survives(model, now, batch, loader, plain, details)
+    hc.set_exits_(model, threshold=1.0)
+    details["never"] = far(outputs_of(model, batch)[:1], before[:1])
+    if details["never"] > CLOSE:
+        raise Wrong(f"with exits that no row takes, outputs differ by {details['never']:.1e}")
+    hc.set_exits_(model, threshold=0.0)
+    _survives(model, outputs_of(model, batch), batch, loader, plain, details)
+    hidden: list[torch.Tensor] = []
+    options = hc.exit_options(model)
+    stack = next(s for s in hc.discover(dense).stacks.values() if s[0].path == options["stack"] or s[0].stack == options["stack"])
+    for layer in stack:
+        module = model.get_submodule(layer.name)
+        module.register_forward_pre_hook(lambda m, a, k: hidden.append(a[0] if a else k["hidden_states"]), with_kwargs=True)
+    outputs_of(model, batch)
+    details["rows in each layer"] = [t.shape[0] if t.numel() else 0 for t in hidden]
 
 
 def unseen(model: Any) -> dict[str, dict[str, int]]:

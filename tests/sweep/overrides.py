@@ -4,9 +4,38 @@ from __future__ import annotations
 
 from typing import Any
 
+DROP = object()  # a key that goes
+
 # type -> class, where the first mapping would give one that is no good
 CLASSES: dict[str, str] = {}
+
+_SERIES: dict[str, Any] = {"prediction_length": 8, "context_length": 16, "lags_sequence": [1, 2, 3], "num_time_features": 2,
+                           "distribution_output": "normal"}  # fmt: skip
 # type -> values that replace those of the shrunk config
-OVERRIDES: dict[str, dict[str, Any]] = {}
+OVERRIDES: dict[str, dict[str, Any]] = {
+    "autoformer": {**_SERIES, "moving_average": 5},
+    "informer": _SERIES,
+    "time_series_transformer": _SERIES,
+    "gpt_neo": {"num_layers": 4, "attention_types": [[["global", "local"], 2]], "window_size": 4},
+    "glm5_next_text": {"num_key_value_heads": 4},
+    "glm5_next": {"text_config": {"num_key_value_heads": 4}},
+    "granite_speech5_ctc": {"context_size": 8, "encoder_config": {"context_size": 8}},
+    "granite_speech5_encoder": {"context_size": 8},
+    "lw_detr_vit": {"num_windows": 4, "image_size": 32, "num_windows_side": 2},
+    "lw_detr": {"backbone_config": {"num_windows": 4, "image_size": 32, "num_windows_side": 2}},
+    "mistral_large4_text": {"kv_source_layers": DROP},
+    "mistral_large4": {"text_config": {"kv_source_layers": DROP}},
+    "muse_spark_audio": {"num_hidden_layers": 4},
+    "muse_spark": {"audio_config": {"num_hidden_layers": 4}},
+    "fun_asr_nano": {"adaptor_config": {"intermediate_size": 16}},
+    "efficientloftr": {"hidden_size": 16},
+    "d_fine": {"d_model": 64},
+    "molmo2": {"adapter_config": {"vision_feature_layer": [2, 1]}},
+    "nemo_speechlm": {"audio_config": {"chunk_right_context": 2, "chunk_left_context": 2}},
+    "neomme": {"head_dim": 32},
+    "zaya": {"num_experts_per_tok": 1},
+    "gemma4_assistant": {"hidden_size_per_layer_input": 0, "text_config": {"hidden_size_per_layer_input": 0}},
+    "reformer": {"axial_pos_embds_dim": [24, 40], "axial_pos_shape": [4, 8], "attention_head_size": 16},
+}
 # type -> why it is not built at all
 SKIPPED: dict[str, str] = {}

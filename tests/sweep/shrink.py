@@ -8,6 +8,8 @@ from typing import Any
 
 from transformers import CONFIG_MAPPING
 
+from .overrides import DROP
+
 WIDTH, HEADS, KV_HEADS, HEAD_DIM, NEURONS, LAYERS, VOCABULARY, POSITIONS = 64, 4, 2, 24, 80, 3, 99, 64
 
 # (pattern of a key, small value); the first that matches is taken. None leaves the value alone.
@@ -23,6 +25,9 @@ RULES: tuple[tuple[str, Any], ...] = (
     (r"qk_nope_head_dim", 16),
     (r"qk_rope_head_dim", 8),
     (r"qk_head_dim", 24),
+    (r"rotary_dim", 8),
+    (r"upsample_groups", WIDTH),
+    (r"num_groups", 8),
     (r"v_head_dim", 16),
     (r"index_n_heads", 2),
     (r"index_head_dim", 16),
@@ -90,6 +95,7 @@ RULES: tuple[tuple[str, Any], ...] = (
     (r"rel_extent", 32),
 )
 SKIP = {"id2label", "label2id", "torch_dtype", "dtype", "transformers_version", "stage_names", "out_features"}
+NONE = {"head_dim": HEAD_DIM, "num_key_value_heads": KV_HEADS, "vocab_size": VOCABULARY}  # what defaults leave open
 SPECIAL = {"pad": 0, "bos": 1, "eos": 2, "decoder_start": 2, "unk": 3, "sep": 2, "cls": 1, "mask": 3, "forced_eos": 2,
            "forced_bos": 1, "begin": 1}  # fmt: skip
 PER_LAYER = re.compile(r"layers_block_type|.*layer_types|indexer_types|layer_rope_theta|no_rope_layers|block_types"
@@ -126,8 +132,6 @@ def merge(into: dict[str, Any], other: dict[str, Any]) -> None:
             into[key] = copy.deepcopy(value)
 
 
-DROP = object()
-
 
 def _shrunk(data: dict[str, Any], variant: dict[str, Any], tokens: dict[str, int]) -> dict[str, Any]:
     small: dict[str, Any] = {}
@@ -146,12 +150,20 @@ def _shrunk(data: dict[str, Any], variant: dict[str, Any], tokens: dict[str, int
         elif isinstance(value, dict):
             if key in ("rope_parameters", "rope_scaling"):
                 small[key] = _rope(value, variant)
+            elif key == "per_layer_config":
+                small[key] = {
+                    str(new): {**_shrunk(value[old], {**variant, "head_dim": 32}, tokens)}
+                    for new, i in enumerate(chosen or range(LAYERS))
+                    if (old := next((k for k in value if int(k) == i), None)) is not None
+                }
             elif key.endswith("config") or "model_type" in value or key in ("encoder", "decoder", "generator"):
                 small[key] = _shrunk(value, variant, tokens)
             else:
                 small[key] = value
         elif isinstance(value, list | tuple) and value:
             small[key] = _list(key, list(value), data, chosen, variant, tokens)
+        elif value is None and key in NONE:
+            small[key] = variant.get({"head_dim": "head_dim", "num_key_value_heads": "kv"}.get(key, ""), NONE[key])
         elif isinstance(value, bool) or value is None or isinstance(value, str | float):
             small[key] = value
         elif isinstance(value, int):
@@ -160,10 +172,29 @@ def _shrunk(data: dict[str, Any], variant: dict[str, Any], tokens: dict[str, int
                 small[key] = known.get(value, value) if value > 512 else value
         else:
             small[key] = value
-    if "out_indices" in small or "out_features" in small:
-        for name in ("out_indices", "out_features", "stage_names", "_out_indices", "_out_features"):
-            small.pop(name, None)
+    if "qk_rope_head_dim" in small and "head_dim" in small:  # of multi-head latent attention: what is rotated
+        small["head_dim"] = small["qk_rope_head_dim"]
+    if isinstance(data.get("embed_dim"), int) and isinstance(data.get("depths"), list):  # Swin: the width doubles in every stage
+        small["embed_dim"] = 16
+        if data.get("hidden_size") == data["embed_dim"] * 2 ** (len(data["depths"]) - 1):
+            small["hidden_size"] = 16 * 2 ** (len(data["depths"]) - 1)
+    _stages(small, data)
     return small
+
+
+def _stages(small: dict[str, Any], data: dict[str, Any]) -> None:
+    """What a backbone gives: of stages as many as there were, of layers the first ones."""
+    indices = data.get("out_indices") or data.get("_out_indices")
+    for name in ("out_indices", "out_features", "stage_names", "_out_indices", "_out_features"):
+        small.pop(name, None)
+    if not indices:
+        return
+    layers = next((key for key in ("num_hidden_layers", "depth") if isinstance(data.get(key), int)), None)
+    if any(key in data for key in ("depths", "stage_num_blocks", "num_stages")) or not layers:
+        small["out_indices"] = list(indices)
+    else:
+        small[layers] = max(LAYERS, len(indices))
+        small["out_indices"] = [small[layers]] if len(indices) == 1 else list(range(1, len(indices) + 1))
 
 
 def _rope(value: dict[str, Any], variant: dict[str, Any]) -> dict[str, Any]:
@@ -237,14 +268,14 @@ def _list(key: str, value: list, data: dict[str, Any], chosen: list[int] | None,
         return [_token(key, value[0], tokens)]
     if chosen and len(value) == _layer_count(data) and PER_LAYER.fullmatch(key):
         value = [value[i] for i in chosen]
-    if key in ("depths", "stage_num_blocks", "num_block_repeats"):
+    if key in ("depths", "stage_num_blocks", "num_block_repeats", "blocks_per_stage"):
         return [min(v, 2) for v in value]
     if key in ("global_attn_indexes", "deepstack_visual_indexes", "fullatt_block_indexes", "global_attention_blocks"):
         return [1]
     if key in ("image_size",):
         return [32 for _ in value]
     if key in ("num_heads", "num_attention_heads", "num_attention_heads_per_stage") and all(isinstance(v, int) for v in value):
-        return [min(v, HEADS) for v in value]
+        return [1 << (min(v, HEADS).bit_length() - 1) for v in value]
     if key in ("intermediate_size",):
         return [NEURONS for _ in value]
     return _channels(value)

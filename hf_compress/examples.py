@@ -1,0 +1,182 @@
+"""Batches that a model may run on, made from the signature of its forward and the sizes in its config."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from itertools import islice, product
+from typing import Any
+
+import torch
+from torch import nn
+
+from .examples_other import others
+from .examples_seen import heard, seen
+
+MOST_TRIED = 24
+Batch = dict[str, torch.Tensor]
+
+
+def candidates(model: nn.Module, rows: int = 2, length: int = 12) -> Iterator[Batch]:
+    """Batches for a model, the likeliest first; whether it runs on one is for the caller to see.
+
+    Token ids are drawn from the vocabulary without the special tokens that the config names; an image (or a sound) has as
+    many placeholders among them as `get_image_features` (`get_audio_features`) gives vectors for it. Pixels, waveforms and
+    spectrograms are drawn from a normal distribution, at the smallest size that the config allows.
+    """
+    asked = Asked(model, rows, length)
+    parts = [list(_some(make(asked))) for make in (seen, heard, others)]
+    for choice in islice(product(*parts), MOST_TRIED):
+        batch = {name: value for part in choice for name, value in part.items()}
+        count = next((v.shape[0] for v in batch.values() if v.ndim > 1 and v.shape[0] in (1, rows)), rows)
+        batch.update(asked.text(batch, count))
+        if batch:
+            yield {name: asked.placed(value) for name, value in batch.items()}
+
+
+def _some(made: Iterator[Batch]) -> Iterator[Batch]:
+    """What was made; one empty batch where nothing was."""
+    first = next(made, {})
+    yield first
+    yield from made
+
+
+class Asked:
+    """What the forward of a model takes, and the sizes that its config and its parts' configs name."""
+
+    def __init__(self, model: nn.Module, rows: int, length: int) -> None:
+        parameters = inspect.signature(model.forward).parameters.values()
+        self.model: Any = model
+        self.config: Any = getattr(model, "config", None)
+        self.names = {p.name for p in parameters}
+        plain = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.POSITIONAL_ONLY)
+        self.required = {p.name for p in parameters if p.default is p.empty and p.kind in plain}
+        self.main = getattr(model, "main_input_name", "input_ids")
+        self.rows, self.length = rows, length
+        self.draw = torch.Generator().manual_seed(0)
+        self.configs = list(_configs(self.config))
+        weights = [p for p in model.parameters() if p.is_floating_point()]
+        self.device = weights[0].device if weights else torch.device("cpu")
+        self.dtype = weights[0].dtype if weights else torch.float32
+
+    def placed(self, value: torch.Tensor) -> torch.Tensor:
+        return value.to(self.device, self.dtype if value.is_floating_point() else value.dtype)
+
+    def size(self, name: str, default: Any = None, part: str = "") -> Any:
+        """A value of the config or of its parts: of those whose name holds `part` first."""
+        order = sorted(self.configs, key=lambda named: not any(word in named[0] for word in part.split("|"))) if part else self.configs
+        return next((value for _, c in order if (value := getattr(c, name, None)) is not None), default)
+
+    def normal(self, *shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=self.draw)
+
+    def whole(self, low: int, high: int, *shape: int) -> torch.Tensor:
+        return torch.randint(low, max(high, low + 1), shape, generator=self.draw)
+
+    def words(self, rows: int, length: int, vocabulary: int | None = None) -> torch.Tensor:
+        """Token ids that no config calls special."""
+        vocabulary = vocabulary or _vocabulary(self.model)
+        special = {v for _, c in self.configs for name in vars(c) for v in _ids(name, getattr(c, name, None))}
+        allowed = [i for i in range(min(4, vocabulary - 1), min(vocabulary, 4000)) if i not in special] or [vocabulary - 1]
+        if vocabulary > 4000:  # a large one has few special tokens, at its end as a rule
+            return self.whole(4, vocabulary - 1000, rows, length)
+        return torch.tensor(allowed)[self.whole(0, len(allowed), rows, length)]
+
+    def text(self, batch: Batch, rows: int) -> Batch:
+        """`input_ids` with the placeholders of what else is in a batch, `decoder_input_ids`, and what follows token by token."""
+        found: Batch = {}
+        takes = "input_ids" in self.names and "input_ids" not in batch
+        if takes and (self.main == "input_ids" or self.main not in batch or "pixel_values" in batch):
+            longest = self.size("max_position_embeddings", self.length + 4, "text")
+            length = min(self.length, int(longest) - 4) if isinstance(longest, int) and longest > 4 else self.length
+            ids = self.words(rows, max(length, 2))
+            for name in ("image", "audio", "video"):
+                ids = self._with_placeholders(ids, name, batch)
+            found["input_ids"] = ids
+            if "bbox" in self.names:
+                found["bbox"] = self.boxes(*ids.shape)
+            if "qformer_input_ids" in self.names:
+                found["qformer_input_ids"] = self.words(rows, 6, self.size("vocab_size", None, "qformer"))
+                found["qformer_attention_mask"] = torch.ones_like(found["qformer_input_ids"])
+            if "lang_ids" in self.names and getattr(self.config, "languages", None):
+                found["lang_ids"] = torch.zeros(rows, dtype=torch.long)
+        if "decoder_input_ids" in self.names and getattr(self.config, "is_encoder_decoder", True):
+            books = self.size("num_channels", None, "decoder") if self.config.model_type == "dia" else None
+            vocabulary = self.size("vocab_size", None, "decoder")
+            ids = self.words(rows, 6, min(vocabulary, _vocabulary(self.model)) if vocabulary else None)
+            found["decoder_input_ids"] = ids if books is None else self.whole(4, 30, rows, 6, books)
+        return found
+
+    def boxes(self, rows: int, length: int) -> torch.Tensor:
+        """Boxes (left, top, right, bottom) in whole thousandths, or what else the config calls a box."""
+        most = min(int(self.size("max_2d_position_embeddings", 1000)), 1000)
+        if self.size("dim_bbox"):  # Bros: eight numbers from 0 to 1
+            return torch.rand(rows, length, 8, generator=self.draw)
+        corner = self.whole(0, most // 2, rows, length, 2)
+        boxes = torch.cat([corner, corner + self.whole(1, most // 2 - 1, rows, length, 2)], -1)
+        return boxes / 1000 if self.config.model_type == "udop" else boxes
+
+    def _with_placeholders(self, ids: torch.Tensor, what: str, batch: Batch) -> torch.Tensor:
+        token = next((t for name in (f"{what}_token_id", f"{what}_token_index") if isinstance(t := self.size(name), int)), None)
+        count = self.vectors(what, batch) if token is not None else 0
+        if not count or token is None:
+            return ids
+        each = -(-count // ids.shape[0])
+        marks = [self.size(f"{side}_{edge}_token_id") for edge in ("start", "end") for side in ("vision",)]
+        around = [torch.full((ids.shape[0], 1), m) if isinstance(m, int) and what != "audio" else ids[:, :0] for m in marks]
+        middle = torch.full((ids.shape[0], each), token)
+        return torch.cat([ids[:, :1], around[0], middle, around[1], ids[:, 1:]], 1)
+
+    def vectors(self, what: str, batch: Batch) -> int:
+        """How many vectors the model puts in the place of tokens, for all rows together."""
+        owner = next((m for m in (self.model, getattr(self.model, "model", None)) if hasattr(m, f"get_{what}_features")), None)
+        if owner is None:
+            return 0
+        method = getattr(owner, f"get_{what}_features")
+        taken = inspect.signature(method).parameters
+        given = {name: self.placed(value) for name, value in batch.items() if name in taken}
+        if not given or {"image": "pixel_values", "audio": "input_features", "video": "pixel_values_videos"}[what] not in batch:
+            return 0
+        training = [m for m in self.model.modules() if m.training]
+        try:
+            self.model.eval()
+            with torch.no_grad():
+                features = method(**given)
+        except Exception:  # it will be seen when the model runs
+            return 0
+        finally:
+            for module in training:
+                module.training = True
+        features = getattr(features, "pooler_output", features)
+        if features is None:
+            return 0
+        tensors = features if isinstance(features, tuple | list) else [features]
+        width = int(getattr(self.config.get_text_config(), "hidden_size", 0)) or tensors[0].shape[-1]
+        return sum(t.numel() for t in tensors if isinstance(t, torch.Tensor)) // width
+
+
+def _ids(name: str, value: Any) -> list[int]:
+    if not name.endswith(("_id", "_index", "_ids", "_token")):
+        return []
+    return [v for v in (value if isinstance(value, tuple | list) else [value]) if type(v) is int]
+
+
+def _configs(config: Any, name: str = "", depth: int = 0) -> Iterator[tuple[str, Any]]:
+    """A config and the configs in it, each with its path: outer ones first."""
+    if not hasattr(config, "to_dict") or depth > 3:
+        return
+    yield name, config
+    inner = [(key, value) for key, value in vars(config).items() if hasattr(value, "to_dict") and value is not config]
+    for key, value in inner:
+        yield from _configs(value, f"{name}.{key}".strip("."), depth + 1)
+
+
+def _vocabulary(model: nn.Module) -> int:
+    try:
+        embeddings = model.get_input_embeddings()  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):  # models of several parts have several
+        embeddings = None
+    if isinstance(embeddings, nn.Embedding):
+        return embeddings.num_embeddings
+    text = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config  # type: ignore
+    return int(getattr(text, "vocab_size", None) or 2)  # type: ignore[arg-type]
