@@ -93,6 +93,11 @@ class Asked:
             for name in ("image", "audio", "video"):
                 ids = self._with_placeholders(ids, name, batch)
             found["input_ids"] = ids
+            if "mm_token_type_ids" in self.names and len(batch):
+                marks = [self.size(f"{what}_token_id") for what in ("image", "video")]
+                found["mm_token_type_ids"] = sum(  # type: ignore[assignment]
+                    (ids == mark).long() * kind for kind, mark in enumerate(marks, 1) if isinstance(mark, int)
+                )
             if "bbox" in self.names:
                 found["bbox"] = self.boxes(*ids.shape)
             if "qformer_input_ids" in self.names:

@@ -149,7 +149,7 @@ def _shrunk(data: dict[str, Any], variant: dict[str, Any], tokens: dict[str, int
             small[key] = value
         elif isinstance(value, dict):
             if key in ("rope_parameters", "rope_scaling"):
-                small[key] = _rope(value, variant)
+                small[key] = _rope(value, variant, data)
             elif key == "per_layer_config":
                 small[key] = {
                     str(new): {**_shrunk(value[old], {**variant, "head_dim": 32}, tokens)}
@@ -172,6 +172,8 @@ def _shrunk(data: dict[str, Any], variant: dict[str, Any], tokens: dict[str, int
                 small[key] = known.get(value, value) if value > 512 else value
         else:
             small[key] = value
+    if "kv_lora_rank" in small and "num_key_value_heads" in small:
+        small["num_key_value_heads"] = small["num_attention_heads"]
     if "qk_rope_head_dim" in small and "head_dim" in small:  # of multi-head latent attention: what is rotated
         small["head_dim"] = small["qk_rope_head_dim"]
     if isinstance(data.get("embed_dim"), int) and isinstance(data.get("depths"), list):  # Swin: the width doubles in every stage
@@ -197,12 +199,14 @@ def _stages(small: dict[str, Any], data: dict[str, Any]) -> None:
         small["out_indices"] = [small[layers]] if len(indices) == 1 else list(range(1, len(indices) + 1))
 
 
-def _rope(value: dict[str, Any], variant: dict[str, Any]) -> dict[str, Any]:
+def _rope(value: dict[str, Any], variant: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
     if value and all(isinstance(v, dict) for v in value.values()):
-        return {key: _rope(v, variant) for key, v in value.items()}
+        return {key: _rope(v, variant, data) for key, v in value.items()}
     value = dict(value)
-    if "mrope_section" in value:
-        value["mrope_section"] = variant.get("mrope", [4, 4, 4])
+    if "mrope_section" in value:  # they sum to half of what is rotated
+        head_dim = variant.get("head_dim", HEAD_DIM) if "head_dim" in data else WIDTH // HEADS
+        half, count = int(head_dim * value.get("partial_rotary_factor", 1)) // 2, len(value["mrope_section"])
+        value["mrope_section"] = [half - (count - 1) * (half // count), *[half // count] * (count - 1)]
     if "original_max_position_embeddings" in value:
         value["original_max_position_embeddings"] = POSITIONS // 2
     return value
@@ -278,15 +282,19 @@ def _list(key: str, value: list, data: dict[str, Any], chosen: list[int] | None,
         return [1 << (min(v, HEADS).bit_length() - 1) for v in value]
     if key in ("intermediate_size",):
         return [NEURONS for _ in value]
-    return _channels(value)
+    return value if LEFT.search(key) else _channels(value, bool(CHANNELS.search(key)))
+
+
+LEFT = re.compile(r"kernel|stride|pad|patch|window|dilat|ratio|scale|rate|factor|indic|index|expan|repeat|tubelet|grid|idx|lags")
+CHANNELS = re.compile(r"channel|dim|hidden_sizes|width|filters|feature_sizes|units")
 
 
 def channels(value: int) -> int:
     """A width of a convolution, small; equal widths stay equal."""
-    return value if value < 32 else max(8, -(-value // 16 // 8) * 8) if value <= 1024 else 64 + 16 * (value // 1024)
+    return max(8, -(-value // 16 // 8) * 8) if value <= 1024 else 64 + 16 * (value // 1024)
 
 
-def _channels(value: Any) -> Any:
+def _channels(value: Any, all_of_them: bool) -> Any:
     if isinstance(value, list | tuple):
-        return [_channels(v) for v in value]
-    return channels(value) if type(value) is int else value
+        return [_channels(v, all_of_them) for v in value]
+    return channels(value) if type(value) is int and value >= (8 if all_of_them else 64) else value
