@@ -65,7 +65,7 @@ class Asked:
     def size(self, name: str, default: Any = None, part: str = "") -> Any:
         """A value of the config or of its parts: of those whose name holds `part` first."""
         order = sorted(self.configs, key=lambda named: not any(word in named[0] for word in part.split("|"))) if part else self.configs
-        return next((value for _, c in order if (value := getattr(c, name, None)) is not None), default)
+        return next((value for _, c in order if (value := _value(c, name)) is not None), default)
 
     def normal(self, *shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=self.draw)
@@ -76,7 +76,7 @@ class Asked:
     def words(self, rows: int, length: int, vocabulary: int | None = None) -> torch.Tensor:
         """Token ids that no config calls special."""
         vocabulary = vocabulary or _vocabulary(self.model)
-        special = {v for _, c in self.configs for name in vars(c) for v in _ids(name, getattr(c, name, None))}
+        special = {v for _, c in self.configs for name, value in vars(c).items() for v in _ids(name, value)}
         allowed = [i for i in range(min(4, vocabulary - 1), min(vocabulary, 4000)) if i not in special] or [vocabulary - 1]
         if vocabulary > 4000:  # a large one has few special tokens, at its end as a rule
             return self.whole(4, vocabulary - 1000, rows, length)
@@ -103,6 +103,12 @@ class Asked:
             if "qformer_input_ids" in self.names:
                 found["qformer_input_ids"] = self.words(rows, 6, self.size("vocab_size", None, "qformer"))
                 found["qformer_attention_mask"] = torch.ones_like(found["qformer_input_ids"])
+            if "image_attention_mask" in self.names and "pixel_values" in batch and batch["pixel_values"].ndim == 5:  # IDEFICS
+                found["image_attention_mask"] = torch.ones(*ids.shape, batch["pixel_values"].shape[1], dtype=torch.long)
+            if "image_embeds_position_mask" in self.names:  # KOSMOS-2: where the vectors of the image go
+                queries = int(self.size("latent_query_num", 4))
+                found["input_ids"] = self.words(rows, queries + length)
+                found["image_embeds_position_mask"] = (torch.arange(queries + length) < queries).long().repeat(rows, 1)
             if "lang_ids" in self.names and getattr(self.config, "languages", None):
                 found["lang_ids"] = torch.zeros(rows, dtype=torch.long)
         if "decoder_input_ids" in self.names and getattr(self.config, "is_encoder_decoder", True):
@@ -134,7 +140,7 @@ class Asked:
 
     def vectors(self, what: str, batch: Batch) -> int:
         """How many vectors the model puts in the place of tokens, for all rows together."""
-        owner = next((m for m in (self.model, getattr(self.model, "model", None)) if hasattr(m, f"get_{what}_features")), None)
+        owner = next((m for m in self.model.modules() if hasattr(m, f"get_{what}_features")), None)
         if owner is None:
             return 0
         method = getattr(owner, f"get_{what}_features")
@@ -158,6 +164,13 @@ class Asked:
         tensors = features if isinstance(features, tuple | list) else [features]
         width = int(getattr(self.config.get_text_config(), "hidden_size", 0)) or tensors[0].shape[-1]
         return sum(t.numel() for t in tensors if isinstance(t, torch.Tensor)) // width
+
+
+def _value(config: Any, name: str) -> Any:
+    try:
+        return getattr(config, name, None)
+    except Exception:  # a value of each layer, of which there is no common one
+        return None
 
 
 def _ids(name: str, value: Any) -> list[int]:

@@ -7,16 +7,21 @@ from typing import Any
 DROP = object()  # a key that goes
 
 # type -> class, where the first mapping would give one that is no good
-CLASSES: dict[str, str] = {}
+CLASSES: dict[str, str] = {
+    "musicgen": "MusicgenForConditionalGeneration",
+    "musicgen_melody": "MusicgenMelodyForConditionalGeneration",
+}
 
 _SERIES: dict[str, Any] = {"prediction_length": 8, "context_length": 16, "lags_sequence": [1, 2, 3], "num_time_features": 2,
-                           "distribution_output": "normal"}  # fmt: skip
+                           "distribution_output": "normal", "feature_size": DROP}  # fmt: skip
+_EFFICIENT: dict[str, Any] = {"in_channels": [32, 16, 24, 40, 80, 112, 192], "out_channels": [16, 24, 40, 80, 112, 192, 320],
+                         "width_coefficient": 0.5, "depth_coefficient": 0.5, "hidden_dim": 640}  # fmt: skip
 # type -> values that replace those of the shrunk config
 OVERRIDES: dict[str, dict[str, Any]] = {
     "autoformer": {**_SERIES, "moving_average": 5},
     "informer": _SERIES,
     "time_series_transformer": _SERIES,
-    "gpt_neo": {"num_layers": 4, "attention_types": [[["global", "local"], 2]], "window_size": 4},
+    "gpt_neo": {"num_layers": 4, "attention_types": [[["global", "local"], 2]], "attention_layers": DROP, "window_size": 4},
     "glm5_next_text": {"num_key_value_heads": 4},
     "glm5_next": {"text_config": {"num_key_value_heads": 4}},
     "granite_speech5_ctc": {"context_size": 8, "encoder_config": {"context_size": 8}},
@@ -35,6 +40,21 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "neomme": {"head_dim": 32},
     "zaya": {"num_experts_per_tok": 1},
     "gemma4_assistant": {"hidden_size_per_layer_input": 0, "text_config": {"hidden_size_per_layer_input": 0}},
+    "efficientnet": _EFFICIENT,
+    "align": {"vision_config": {**_EFFICIENT, "hidden_dim": 160}, "projection_dim": 160, "text_config": {"projection_dim": 160}},
+    "align_vision_model": _EFFICIENT,
+    "aria": {"projector_patch_to_query_dict": {16: 8}},
+    "bros": {"dim_bbox_sinusoid_emb_2d": DROP, "dim_bbox_sinusoid_emb_1d": DROP, "dim_bbox_projection": DROP},
+    "dots3_note_text": {"num_key_value_heads": 4},
+    "dots3_note": {"text_config": {"num_key_value_heads": 4}},
+    "instructblip": {"image_token_index": 95},
+    "instructblipvideo": {"video_token_index": 95},
+    "blip-2": {"image_token_index": 95},
+    "mpnet": {"relative_attention_num_buckets": 32},
+    "owlvit": {"projection_dim": 64, "text_config": {"projection_dim": 64}, "vision_config": {"projection_dim": 64}},
+    "owlv2": {"projection_dim": 64, "text_config": {"projection_dim": 64}, "vision_config": {"projection_dim": 64}},
+    "levit": {"hidden_sizes": [32, 48, 64], "image_size": 64, "key_dim": [8, 8, 8], "down_ops": DROP},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"], "num_dense_layers": 1},
     "reformer": {"axial_pos_embds_dim": [24, 40], "axial_pos_shape": [4, 8], "attention_head_size": 16},
 }
 # type -> why it is not built at all

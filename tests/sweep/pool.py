@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import multiprocessing.connection
 import os
+import signal
 import sys
 import time
+from contextlib import suppress
 from typing import Any
 
 from .load import FORK
@@ -17,6 +19,7 @@ def work(pipe: Any) -> None:
     """Judge what the pipe asks for. The process without the plugin is forked before hf_compress is imported."""
     import warnings
 
+    os.setsid()  # so that it can be killed with the processes that it starts
     warnings.filterwarnings("ignore")
     quiet = os.open(os.devnull, os.O_WRONLY)
     os.dup2(quiet, 1)
@@ -61,10 +64,11 @@ class Worker:
         self.pipe.send(job)
 
     def end(self, hard: bool) -> None:
-        if hard:
-            self.process.kill()
-        elif self.process.is_alive():
+        if not hard and self.process.is_alive():
             self.pipe.send(None)
+            self.process.join(20)
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)  # type: ignore[arg-type]
         self.process.join(20)
 
 
@@ -73,6 +77,17 @@ def sweep(jobs: list[tuple[str, list[str]]], processes: int, report: Any) -> Non
     jobs = list(jobs)
     for worker in workers:
         worker.give(jobs.pop(0))
+    try:
+        _serve(workers, jobs, report)
+    except BaseException:
+        for worker in workers:
+            worker.end(hard=True)
+        raise
+    for worker in workers:
+        worker.end(hard=False)
+
+
+def _serve(workers: list[Worker], jobs: list[tuple[str, list[str]]], report: Any) -> None:
     while any(w.job for w in workers):
         ready = multiprocessing.connection.wait([w.pipe for w in workers if w.job], timeout=5)
         for i, worker in enumerate(workers):
@@ -104,5 +119,3 @@ def sweep(jobs: list[tuple[str, list[str]]], processes: int, report: Any) -> Non
             worker.job = None
             if jobs:
                 worker.give(jobs.pop(0))
-    for worker in workers:
-        worker.end(hard=False)

@@ -31,7 +31,7 @@ RULES: tuple[tuple[str, Any], ...] = (
     (r"v_head_dim", 16),
     (r"index_n_heads", 2),
     (r"index_head_dim", 16),
-    (r"index_topk", 8),
+    (r"index_topk", 16),
     (r"linear_num_key_heads", 2),
     (r"linear_num_value_heads", 4),
     (r"linear_(key|value)_head_dim", 8),
@@ -91,11 +91,15 @@ RULES: tuple[tuple[str, Any], ...] = (
     (r"expert_capacity", 64),
     (r"relative_attention_num_buckets|num_buckets|rel_pos_bins|rel_2d_pos_bins", 8),
     (r"relative_attention_max_distance|max_rel_pos|max_rel_2d_pos", 16),
+    (r"coordinate_size", 12),
+    (r"shape_size", 8),
+    (r"num_filters", 8),
+    (r"latent_query_num", 6),
     (r"d_rel", 8),
     (r"rel_extent", 32),
 )
 SKIP = {"id2label", "label2id", "torch_dtype", "dtype", "transformers_version", "stage_names", "out_features"}
-NONE = {"head_dim": HEAD_DIM, "num_key_value_heads": KV_HEADS, "vocab_size": VOCABULARY}  # what defaults leave open
+NONE = {"num_experts_per_tok": 2, "head_dim": HEAD_DIM, "num_key_value_heads": KV_HEADS, "vocab_size": VOCABULARY}  # what defaults leave open
 SPECIAL = {"pad": 0, "bos": 1, "eos": 2, "decoder_start": 2, "unk": 3, "sep": 2, "cls": 1, "mask": 3, "forced_eos": 2,
            "forced_bos": 1, "begin": 1}  # fmt: skip
 PER_LAYER = re.compile(r"layers_block_type|.*layer_types|indexer_types|layer_rope_theta|no_rope_layers|block_types"
@@ -119,7 +123,7 @@ def default_dict(kind: str) -> dict[str, Any]:
     try:
         return cls().to_dict()
     except Exception:
-        return cls(hidden_size_per_layer_input=0).to_dict() if kind == "gemma4_assistant" else {}
+        return cls(text_config={"hidden_size_per_layer_input": 0}).to_dict() if kind == "gemma4_assistant" else {}
 
 
 def merge(into: dict[str, Any], other: dict[str, Any]) -> None:
@@ -172,12 +176,16 @@ def _shrunk(data: dict[str, Any], variant: dict[str, Any], tokens: dict[str, int
                 small[key] = known.get(value, value) if value > 512 else value
         else:
             small[key] = value
+    if "spatial_merge_size" in small and small.get("window_size") == 4:
+        small["window_size"] = 32
+    if isinstance(small.get("image_grid_pinpoints"), list):
+        small["image_grid_pinpoints"] = [[32, 64], [64, 32], [64, 64]]
     if "kv_lora_rank" in small and "num_key_value_heads" in small:
         small["num_key_value_heads"] = small["num_attention_heads"]
     if "qk_rope_head_dim" in small and "head_dim" in small:  # of multi-head latent attention: what is rotated
         small["head_dim"] = small["qk_rope_head_dim"]
     if isinstance(data.get("embed_dim"), int) and isinstance(data.get("depths"), list):  # Swin: the width doubles in every stage
-        small["embed_dim"] = 16
+        small.update(embed_dim=16, window_size=2, image_size=64, patch_size=4)
         if data.get("hidden_size") == data["embed_dim"] * 2 ** (len(data["depths"]) - 1):
             small["hidden_size"] = 16 * 2 ** (len(data["depths"]) - 1)
     _stages(small, data)
@@ -203,13 +211,19 @@ def _rope(value: dict[str, Any], variant: dict[str, Any], data: dict[str, Any]) 
     if value and all(isinstance(v, dict) for v in value.values()):
         return {key: _rope(v, variant, data) for key, v in value.items()}
     value = dict(value)
-    if "mrope_section" in value:  # they sum to half of what is rotated
+    if "mrope_section" in value or MROPE.fullmatch(str(data.get("model_type"))):  # they sum to half of what is rotated
         head_dim = variant.get("head_dim", HEAD_DIM) if "head_dim" in data else WIDTH // HEADS
-        half, count = int(head_dim * value.get("partial_rotary_factor", 1)) // 2, len(value["mrope_section"])
+        half, count = int(head_dim * value.get("partial_rotary_factor", 1)) // 2, len(value.get("mrope_section", "hwt"))
         value["mrope_section"] = [half - (count - 1) * (half // count), *[half // count] * (count - 1)]
     if "original_max_position_embeddings" in value:
         value["original_max_position_embeddings"] = POSITIONS // 2
     return value
+
+
+MROPE = re.compile(  # their default is in the code of the model
+    r"(cohere_compass|cosmos3_(edge|omni)|ernie4_5_vl_moe|glm4v|glm4v_moe|glm46v|glmga|glm_image|glm_ocr|hunyuan_vl|paddleocr_vl"
+    r"|qwen(2|2_5|3)_vl(_moe)?|qwen2_5_omni\w*|qwen3_5(_moe)?|qwen3_omni_moe\w*|qwen4_exp)(_text)?"
+)
 
 
 def _is_token(key: str) -> bool:
