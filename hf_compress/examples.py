@@ -112,10 +112,13 @@ class Asked:
             if "lang_ids" in self.names and getattr(self.config, "languages", None):
                 found["lang_ids"] = torch.zeros(rows, dtype=torch.long)
         if "decoder_input_ids" in self.names and getattr(self.config, "is_encoder_decoder", True):
-            books = self.size("num_channels", None, "decoder") if self.config.model_type == "dia" else None
             vocabulary = self.size("vocab_size", None, "decoder")
             ids = self.words(rows, 6, min(vocabulary, _vocabulary(self.model)) if vocabulary else None)
-            found["decoder_input_ids"] = ids if books is None else self.whole(4, 30, rows, 6, books)
+            if self.config.model_type == "dia":  # one token of each book at every place
+                ids = self.whole(4, 30, rows, 6, int(self.size("num_channels", 9, "decoder")))
+            elif self.size("num_codebooks", None, "decoder"):  # MusicGen: the books of a row below one another
+                ids = self.words(rows * int(self.size("num_codebooks", 4, "decoder")), 6, vocabulary)
+            found["decoder_input_ids"] = ids
         return found
 
     def boxes(self, rows: int, length: int) -> torch.Tensor:

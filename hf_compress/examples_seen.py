@@ -13,7 +13,7 @@ Batch = dict[str, torch.Tensor]
 def seen(asked: Any) -> Iterator[Batch]:
     """Pixels, in every form that the names in forward allow."""
     names = asked.names
-    if not {"pixel_values", "pixel_values_videos", "hidden_states"} & names:
+    if not {"pixel_values", "pixel_values_videos", "hidden_states"} & names or _without(asked, "vision_config"):
         return
     grid = next((n for n in ("image_grid_thw", "grid_thw", "image_grid_hw") if n in names), None)
     if grid:
@@ -76,13 +76,19 @@ def seen(asked: Any) -> Iterator[Batch]:
             yield {"pixel_values": asked.normal(rows, count, channels, height, width)}
 
 
+def _without(asked: Any, part: str) -> bool:
+    """Whether a config says that the model has no such part."""
+    return part in vars(asked.config) and getattr(asked.config, part) is None
+
+
 def _first(value: Any) -> int:
     return int(value if isinstance(value, int | float) else value[-1])
 
 
 def _image(asked: Any) -> tuple[int, int, int]:
     channels = asked.size("num_channels", None, "vision|image") or asked.size("in_channels", None, "vision|image") or 3
-    size = asked.size("image_size", None, "vision|image|encoder|backbone") or asked.size("img_size") or 64
+    size = asked.size("image_size", None, "vision|image|encoder|backbone") or asked.size("img_size")
+    size = size or (asked.size("input_size") if "bbox" in asked.names else None) or 64  # LayoutLMv3
     size = (size, size) if isinstance(size, int) else tuple(size)[-2:]
     return int(channels) if isinstance(channels, int) else 3, int(size[0]), int(size[-1])
 
@@ -123,7 +129,7 @@ def heard(asked: Any) -> Iterator[Batch]:
             yield {"input_values": asked.normal(rows, 4000)}
             yield {"input_values": asked.normal(rows, 1, 4000)}
             yield {"input_values": asked.normal(rows, 1, 3840)}
-    elif main == "input_features" or "input_features" in names:
+    elif (main == "input_features" or "input_features" in names) and not _without(asked, "audio_config"):
         yield from _spectrograms(asked)
     elif main == "audio_mel":
         frames, bins = 64, int(asked.size("input_feat_size", 128))
@@ -132,10 +138,14 @@ def heard(asked: Any) -> Iterator[Batch]:
 
 def _spectrograms(asked: Any) -> Iterator[Batch]:
     names = asked.names
-    sizes = ("num_mel_bins", "feature_projection_input_dim", "n_mels", "input_feat_per_channel", "input_feat_size", "feature_size")
+    sizes = ("num_mel_bins", "feature_projection_input_dim", "n_mels", "input_feat_per_channel", "input_feat_size", "feature_size", "num_chroma")
     known = [asked.size(name, None, "audio|encoder|speech") for name in (*sizes, "input_size", "input_dim")]
-    bins = list(dict.fromkeys(int(v) for v in known if isinstance(v, int) and v > 1)) or [80]
+    bins = list(dict.fromkeys(int(v) for v in known if isinstance(v, int) and v > 1)) or [80, 128]
     longest = asked.size("max_source_positions", None, "audio|encoder") or 50
+    if "is_longer" in names:  # CLAP: an image of the sound
+        side, bins_of = int(asked.size("spec_size", 256)), int(asked.size("num_mel_bins", 64))
+        sound = asked.normal(asked.rows, 1, side * (side // bins_of), bins_of)
+        yield {"input_features": sound, "is_longer": torch.zeros(asked.rows, 1, dtype=torch.bool)}
     mask = next((n for n in ("input_features_mask", "feature_attention_mask") if n in names), None)
     rows = asked.rows if asked.size("input_feat_per_channel") or "max_source_positions" not in vars(asked.config) else 1
     for count in bins[:3]:

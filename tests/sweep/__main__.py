@@ -40,6 +40,7 @@ def main() -> None:
     import transformers.trainer  # noqa: F401
 
     from .pool import sweep
+    from .render import JSON, PAGE, compact, read, render, summary, table, write
     from .types import EDITS, types
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -47,13 +48,18 @@ def main() -> None:
     parser.add_argument("--edits", nargs="*", metavar="EDIT", help=f"only these edits: {', '.join(EDITS)}")
     parser.add_argument("--fresh", action="store_true", help="forget earlier rows")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--rows", type=Path, default=ROWS)
+    parser.add_argument("--rows", type=Path, default=ROWS, help="where rows are added, one JSON a line (%(default)s)")
+    parser.add_argument("--render", action="store_true", help="only render docs/families.md")
+    parser.add_argument("--keep", action="store_true", help="count rows of other states of the code as done")
     args = parser.parse_args()
+    if args.render:
+        PAGE.write_text(render(read()))
+        return
     now, done = state(), set()
     args.rows.parent.mkdir(exist_ok=True)
     if args.rows.exists() and not args.fresh:
         rows = [json.loads(line) for line in args.rows.read_text().splitlines()]
-        done = {(row["type"], row["edit"]) for row in rows if row["state"] == now}
+        done = {(row["type"], row["edit"]) for row in rows if args.keep or row["state"] == now}
     jobs = []
     for kind in args.types or types():
         edits = [edit for edit in args.edits or EDITS if (kind, edit) not in done]
@@ -73,6 +79,11 @@ def main() -> None:
 
         if jobs:
             sweep(jobs, args.processes, report)
+    latest = {(row["type"], row["edit"]): row for row in map(json.loads, args.rows.read_text().splitlines())}
+    if args.rows == ROWS and total[0]:
+        write(compact(list(latest.values()), read() if JSON.exists() else None))
+        PAGE.write_text(render(read()))
+        print(table(summary(read())))
     print(f"{total[0]} rows in {time.monotonic() - start:.0f} s; {total[1]:.0f} s of work")
 
 

@@ -9,6 +9,7 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
+from .load import flat
 from .overrides import OVERRIDES, SKIPPED
 from .shrink import tiny_config
 from .types import class_name
@@ -30,8 +31,6 @@ MOST = 6_000_000
 
 def build(kind: str, name: str | None = None, seed: int = 0) -> tuple[PreTrainedModel, dict[str, torch.Tensor], int]:
     """(model in eval mode, inputs that it runs on, which of `VARIANTS`): the first of the variants that runs."""
-    from hf_compress.probe import example_inputs, quiet_run
-
     name = name or class_name(kind)
     if kind in SKIPPED:
         raise NotBuilt(SKIPPED[kind])
@@ -56,26 +55,40 @@ def build(kind: str, name: str | None = None, seed: int = 0) -> tuple[PreTrained
             if "requires" in str(error) and "library" in str(error):
                 break
             continue
-        fill_(model, seed)
         try:
-            inputs = example_inputs(model)
-            with quiet_run(model) as run:
-                run(inputs)
+            return model, _filled(model, seed), number
         except Exception as error:
-            error.hfc_stage = "run"
+            error.hfc_stage = "run"  # type: ignore[attr-defined]
             first = first or error
-            continue
-        return model, inputs, number
     if isinstance(first, NotBuilt):
         raise first
     raise NotBuilt(f"{getattr(first, 'hfc_stage', 'build')}: {type(first).__name__}: {_short(first)}") from first
+
+
+def _filled(model: PreTrainedModel, seed: int) -> dict[str, torch.Tensor]:
+    """Weights under which the outputs are finite and say something (a ReLU at the end may hide all), and inputs."""
+    from hf_compress.probe import example_inputs, quiet_run
+
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    outputs: list[torch.Tensor] = []
+    for scale, more in ((1.0, 0), (1.0, 1), (1.0, 2), (0.3, 3)):
+        fill_(model, seed + more, scale)
+        inputs = example_inputs(model)
+        with quiet_run(model) as run:
+            outputs = flat(run(inputs))
+        if outputs and all(torch.isfinite(t).any() for t in outputs) and any(t.std() > 1e-5 for t in outputs if t.numel() > 1):
+            return inputs
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                p.copy_(before[name])
+    raise ValueError("the outputs are constant or not finite" if outputs else "there are no outputs of floats")
 
 
 def _short(error: Exception | None) -> str:
     return re.sub(r"\s+", " ", str(error))[:300]
 
 
-def fill_(model: PreTrainedModel, seed: int = 0) -> None:
+def fill_(model: PreTrainedModel, seed: int = 0, scale: float = 1.0) -> None:
     """Every weight drawn anew: what is left at zero or one would hide a wrong cut."""
     draw = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -88,4 +101,4 @@ def fill_(model: PreTrainedModel, seed: int = 0) -> None:
                 noise *= min(0.7 / fan**0.5, 0.15)
             else:
                 noise *= 0.1
-            parameter.add_(noise.to(parameter.dtype))
+            parameter.add_(noise.to(parameter.dtype) * scale)

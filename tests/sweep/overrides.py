@@ -16,6 +16,8 @@ _SERIES: dict[str, Any] = {"prediction_length": 8, "context_length": 16, "lags_s
                            "distribution_output": "normal", "feature_size": DROP}  # fmt: skip
 _EFFICIENT: dict[str, Any] = {"in_channels": [32, 16, 24, 40, 80, 112, 192], "out_channels": [16, 24, 40, 80, 112, 192, 320],
                          "width_coefficient": 0.5, "depth_coefficient": 0.5, "hidden_dim": 640}  # fmt: skip
+_ROPE: dict[str, Any] = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 4, 4]}
+_COMPASS: dict[str, Any] = {"rope_parameters": {"full_attention": _ROPE, "sliding_attention": _ROPE}, "head_dim": 24}
 # type -> values that replace those of the shrunk config
 OVERRIDES: dict[str, dict[str, Any]] = {
     "autoformer": {**_SERIES, "moving_average": 5},
@@ -53,8 +55,20 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "mpnet": {"relative_attention_num_buckets": 32},
     "owlvit": {"projection_dim": 64, "text_config": {"projection_dim": 64}, "vision_config": {"projection_dim": 64}},
     "owlv2": {"projection_dim": 64, "text_config": {"projection_dim": 64}, "vision_config": {"projection_dim": 64}},
-    "levit": {"hidden_sizes": [32, 48, 64], "image_size": 64, "key_dim": [8, 8, 8], "down_ops": DROP},
+    "levit": {"hidden_sizes": [32, 48, 64], "image_size": 64, "key_dim": [8, 8, 8], "patch_size": 16, "down_ops": DROP},
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"], "num_dense_layers": 1},
+    "clvp": {"text_config": {"hidden_size": 128}, "speech_config": {"hidden_size": 128}},
+    "cohere_compass_text": _COMPASS,
+    "cohere_compass": {"text_config": _COMPASS},
+    "bamba": {"attn_layer_indices": [1]},
+    "big_bird": {"attention_type": "original_full"},
+    "bigbird_pegasus": {"attention_type": "original_full"},
+    "moonshine_streaming": {"num_key_value_heads": 4},
+    "janus": {"vq_config": {"base_channels": 32, "channel_multiplier": [1, 2], "num_res_blocks": 1}},
+    "clap": {"audio_config": {"patch_embeds_hidden_size": 16, "hidden_size": 128, "spec_size": 64}},
+    "vibevoice_acoustic_tokenizer": {"num_filters": 2, "encoder_config": {"num_filters": 2}},
+    "vibevoice_acoustic_tokenizer_encoder": {"num_filters": 2},
+    "vibevoice_acoustic_tokenizer_decoder": {"num_filters": 2},
     "reformer": {"axial_pos_embds_dim": [24, 40], "axial_pos_shape": [4, 8], "attention_head_size": 16},
 }
 # type -> why it is not built at all

@@ -30,7 +30,10 @@ def neurons(model: Any, draw: random.Random) -> list[Any]:
     chosen = []
     for f in hc.discover(model).ffns:
         if f.size > 3:
-            chosen.append(hc.KeepNeurons(f.name, sorted(draw.sample(range(f.size), draw.randint(max(1, f.size // 4), f.size - 2)))))
+            count = draw.randint(max(1, f.size // 4), f.size - 2)
+            if not hasattr(model.get_submodule(f.out), "weight"):  # experts in one tensor: their kernels take whole eights
+                count = max(8, count // 8 * 8)
+            chosen.append(hc.KeepNeurons(f.name, sorted(draw.sample(range(f.size), count))))
     return chosen
 
 

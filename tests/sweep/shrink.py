@@ -45,7 +45,7 @@ RULES: tuple[tuple[str, Any], ...] = (
     (r"(mamba_)?(chunk_size|chunk_length)", 8),
     (r"time_step_rank|mamba_dt_rank", 4),
     (r"chunk_size_feed_forward|pretraining_tp|num_channels|.*in_chans|num_hidden_groups|inner_group_num", None),
-    (r"num_key_value_groups|cross_attention_frequency|spatial_merge_size|temporal_patch_size|merge_size|num_labels", None),
+    (r"num_encoder_blocks|num_stages|num_key_value_groups|cross_attention_frequency|spatial_merge_size|temporal_patch_size|merge_size|num_labels", None),
     (r"first_k_dense_replace|num_dense_layers|moe_layer_start_index", 1),
     (r"num_kv_shared_layers", 1),
     (r"moe_layer_end_index", 2),
@@ -91,9 +91,12 @@ RULES: tuple[tuple[str, Any], ...] = (
     (r"expert_capacity", 64),
     (r"relative_attention_num_buckets|num_buckets|rel_pos_bins|rel_2d_pos_bins", 8),
     (r"relative_attention_max_distance|max_rel_pos|max_rel_2d_pos", 16),
+    (r"num_(bpe|wordpiece)_labels", 20),
     (r"coordinate_size", 12),
     (r"shape_size", 8),
     (r"num_filters", 8),
+    (r"image_embedding_size", 4),
+    (r"input_size", 32),
     (r"latent_query_num", 6),
     (r"d_rel", 8),
     (r"rel_extent", 32),
@@ -188,6 +191,14 @@ def _shrunk(data: dict[str, Any], variant: dict[str, Any], tokens: dict[str, int
         small.update(embed_dim=16, window_size=2, image_size=64, patch_size=4)
         if data.get("hidden_size") == data["embed_dim"] * 2 ** (len(data["depths"]) - 1):
             small["hidden_size"] = 16 * 2 ** (len(data["depths"]) - 1)
+    if isinstance(data.get("downsampling_ratios"), list) and "encoder_hidden_size" in data:  # codecs: doubled with every ratio
+        small["encoder_hidden_size"] = 8
+        if "hidden_size" in data:
+            small["hidden_size"] = 8 * 2 ** len(data["downsampling_ratios"])
+    if "embed_dim_per_stage" in data:  # Hiera
+        small.update(hidden_size=16, embed_dim_per_stage=[16, 32, 64, 128], num_attention_heads_per_stage=[1, 2, 4, 4])
+    if "backbone_channel_list" in data:
+        small["backbone_channel_list"] = [128, 64, 32, 16]
     _stages(small, data)
     return small
 
@@ -299,7 +310,7 @@ def _list(key: str, value: list, data: dict[str, Any], chosen: list[int] | None,
     return value if LEFT.search(key) else _channels(value, bool(CHANNELS.search(key)))
 
 
-LEFT = re.compile(r"kernel|stride|pad|patch|window|dilat|ratio|scale|rate|factor|indic|index|expan|repeat|tubelet|grid|idx|lags")
+LEFT = re.compile(r"subsampling_conv_channels|kernel|stride|pad|patch|window|dilat|ratio|scale|rate|factor|indic|index|expan|repeat|tubelet|grid|idx|lags")
 CHANNELS = re.compile(r"channel|dim|hidden_sizes|width|filters|feature_sizes|units")
 
 
