@@ -148,25 +148,32 @@ class Asked:
             return 0
         method = getattr(owner, f"get_{what}_features")
         taken = inspect.signature(method).parameters
-        given = {name: self.placed(value) for name, value in batch.items() if name in taken}
-        if not given or {"image": "pixel_values", "audio": "input_features", "video": "pixel_values_videos"}[what] not in batch:
+        main = {"image": "pixel_values", "audio": "input_features", "video": "pixel_values_videos"}[what]
+        if main not in batch:
             return 0
-        training = [m for m in self.model.modules() if m.training]
-        try:
-            self.model.eval()
-            with torch.no_grad():
-                features = method(**given)
-        except Exception:  # it will be seen when the model runs
-            return 0
-        finally:
-            for module in training:
-                module.training = True
+        given = {name: self.placed(value) for name, value in batch.items()}
+        features = self._run(method, {name: value for name, value in given.items() if name in taken})
+        if features is None:  # VideoLlama3 hands the rest on
+            features = self._run(method, {name: v for name, v in given.items() if name in taken or name.startswith(what)})
         features = getattr(features, "pooler_output", features)
         if features is None:
             return 0
         tensors = features if isinstance(features, tuple | list) else [features]
         width = int(getattr(self.config.get_text_config(), "hidden_size", 0)) or tensors[0].shape[-1]
         return sum(t.numel() for t in tensors if isinstance(t, torch.Tensor)) // width
+
+
+    def _run(self, method: Any, given: Batch) -> Any:
+        training = [m for m in self.model.modules() if m.training]
+        try:
+            self.model.eval()
+            with torch.no_grad():
+                return method(**given)
+        except Exception:  # it will be seen when the model runs
+            return None
+        finally:
+            for module in training:
+                module.training = True
 
 
 def _value(config: Any, name: str) -> Any:

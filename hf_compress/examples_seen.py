@@ -66,10 +66,8 @@ def seen(asked: Any) -> Iterator[Batch]:
         yield {**plain, "image_sizes": sizes}
     if asked.size("num_frames") and "input_ids" not in names:
         yield {"pixel_values": asked.normal(1, *_frames(asked), *_image(asked))}
-    if asked.required <= {"pixel_values", "input_ids", "qformer_input_ids"} or "input_ids" in names:
-        yield plain
-    elif "pixel_values" in names:
-        yield plain
+    yield plain
+    yield {"pixel_values": plain["pixel_values"][:1]}
     frames = int(asked.size("num_frames", 0) or 0)
     for count in dict.fromkeys([frames, 1, 2]):
         if count:
@@ -108,7 +106,7 @@ def _patches(asked: Any, grid: str, name: str) -> Iterator[Batch]:
     images = asked.rows if "input_ids" in asked.names else 1
     side = 2 * merge
     shape = torch.tensor([[side, side] if grid == "image_grid_hw" else [1, side, side]] * images)
-    more: Batch = {"merge_sizes": torch.tensor([merge] * images)} if "merge_sizes" in asked.names else {}
+    more: Batch = {n: torch.tensor([merge] * images) for n in ("merge_sizes", "image_merge_sizes") if n in asked.names}
     count = images * side * side
     widths = [(channels * time * patch * patch,), (channels * patch * patch,), (channels, patch, patch)]
     widths += [(time, channels, patch, patch), (int(asked.size("hidden_size", 8, "vision")),)]

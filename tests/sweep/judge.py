@@ -36,7 +36,10 @@ def judge_type(kind: str, edits: list[str], loader: Loader, plain: Loader | None
     for edit in edits:
         start, before = time.perf_counter(), time.process_time()
         wanted = EDITS[edit][2]
-        name = (wanted and class_name(kind, wanted)) or class_name(kind)
+        name = next((found for m in wanted if (found := class_name(kind, m))), None) if wanted else class_name(kind)
+        if name is None:
+            yield {"type": kind, "class": None, "edit": edit, "verdict": "nothing to cut", "details": {"no": wanted}, "seconds": 0.0}
+            continue
         if name not in built:
             try:
                 built[name] = build(kind, name)
@@ -59,7 +62,7 @@ def judge(model: Any, inputs: dict[str, Any], edit: str, loader: Loader, plain: 
     try:
         plan = plan_for(edit, model)
     except hc.CompressionError as error:
-        nothing = "nothing" in str(error).lower()
+        nothing = re.search(r"nothing|has no ", str(error))
         return {"verdict": "nothing to cut" if nothing else f"refused: {error}", "details": {"plan": str(error)[:200]}}
     except Exception as error:
         return {"verdict": f"wrong: making a plan raised {type(error).__name__}: {_line(error)}"}

@@ -8,6 +8,7 @@ DROP = object()  # a key that goes
 
 # type -> class, where the first mapping would give one that is no good
 CLASSES: dict[str, str] = {
+    "sapiens2": "Sapiens2Model",
     "musicgen": "MusicgenForConditionalGeneration",
     "musicgen_melody": "MusicgenMelodyForConditionalGeneration",
 }
@@ -36,7 +37,10 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "muse_spark": {"audio_config": {"num_hidden_layers": 4}},
     "fun_asr_nano": {"adaptor_config": {"intermediate_size": 16}},
     "efficientloftr": {"hidden_size": 16},
-    "d_fine": {"d_model": 64},
+    "d_fine": {"head_dim": DROP},
+    "deimv2": {"head_dim": DROP},
+    "pp_doclayout_v2": {"class_thresholds": [0.5] * 20},
+    "mask2former": {"feature_size": 64},
     "molmo2": {"adapter_config": {"vision_feature_layer": [2, 1]}},
     "nemo_speechlm": {"audio_config": {"chunk_right_context": 2, "chunk_left_context": 2}},
     "neomme": {"head_dim": 32},
@@ -65,10 +69,13 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "bigbird_pegasus": {"attention_type": "original_full"},
     "moonshine_streaming": {"num_key_value_heads": 4},
     "janus": {"vq_config": {"base_channels": 32, "channel_multiplier": [1, 2], "num_res_blocks": 1}},
-    "clap": {"audio_config": {"patch_embeds_hidden_size": 16, "hidden_size": 128, "spec_size": 64}},
+    "clap": {"audio_config": {"patch_embeds_hidden_size": 16, "hidden_size": 128, "spec_size": 64, "window_size": 2, "num_mel_bins": 32}},
     "vibevoice_acoustic_tokenizer": {"num_filters": 2, "encoder_config": {"num_filters": 2}},
     "vibevoice_acoustic_tokenizer_encoder": {"num_filters": 2},
     "vibevoice_acoustic_tokenizer_decoder": {"num_filters": 2},
+    "vipllava": {"vision_feature_layer": [-1, -2]},
+    "step3p7": {"text_config": {"sliding_window": 8}},
+    "xclip": {"projection_dim": 64, "text_config": {"projection_dim": 64}, "vision_config": {"projection_dim": 64}},
     "reformer": {"axial_pos_embds_dim": [24, 40], "axial_pos_shape": [4, 8], "attention_head_size": 16},
 }
 # type -> why it is not built at all

@@ -55,13 +55,8 @@ def low_rank(model: Any, draw: random.Random) -> Any:
     return hc.plan_low_rank(model, ratio=0.5)
 
 
-def separable(model: Any, draw: random.Random) -> list[Any]:
-    """Every convolution over several positions that is not depthwise already."""
-    return [
-        hc.DepthwiseSeparable(c.name)
-        for c in hc.discover(model).convs
-        if c.groups == 1 and len(c.kernel_size) < 3 and max(c.kernel_size) > 1
-    ]
+def separable(model: Any, draw: random.Random) -> Any:
+    return hc.plan_depthwise(model)
 
 
 def eight_bit(model: Any, draw: random.Random) -> Any:
@@ -76,18 +71,19 @@ def exits(model: Any, draw: random.Random) -> list[Any]:
     return [hc.AddExits([0])]
 
 
-# name -> (plan, kind, the mapping whose class it needs if the type has one): "cut" is compared with masks, "kind" with the
+CLASSIFIERS = ("SEQUENCE_CLASSIFICATION", "IMAGE_CLASSIFICATION", "AUDIO_CLASSIFICATION", "VIDEO_CLASSIFICATION")
+# name -> (plan, kind, the mappings of which it needs a class; any does if there are none): "cut" is compared with masks, "kind" with the
 # float form, "exits" with the model itself
-EDITS: dict[str, tuple[Callable[[Any, random.Random], Any], str, str | None]] = {
-    "KeepHeads": (heads, "cut", None),
-    "KeepNeurons": (neurons, "cut", None),
-    "KeepLayers": (layers, "cut", None),
-    "all three": (three, "cut", None),
-    "LowRank": (low_rank, "kind", None),
-    "DepthwiseSeparable": (separable, "kind", None),
-    "Quantize 8 bit": (eight_bit, "kind", None),
-    "Quantize 4 bit": (four_bit, "kind", None),
-    "AddExits": (exits, "exits", "SEQUENCE_CLASSIFICATION"),
+EDITS: dict[str, tuple[Callable[[Any, random.Random], Any], str, tuple[str, ...]]] = {
+    "KeepHeads": (heads, "cut", ()),
+    "KeepNeurons": (neurons, "cut", ()),
+    "KeepLayers": (layers, "cut", ()),
+    "all three": (three, "cut", ()),
+    "LowRank": (low_rank, "kind", ()),
+    "DepthwiseSeparable": (separable, "kind", ()),
+    "Quantize 8 bit": (eight_bit, "kind", ()),
+    "Quantize 4 bit": (four_bit, "kind", ()),
+    "AddExits": (exits, "exits", CLASSIFIERS),
 }
 
 

@@ -14,6 +14,13 @@ WIDTH, HEADS, KV_HEADS, HEAD_DIM, NEURONS, LAYERS, VOCABULARY, POSITIONS = 64, 4
 
 # (pattern of a key, small value); the first that matches is taken. None leaves the value alone.
 RULES: tuple[tuple[str, Any], ...] = (
+    (r"n_window|n_window_infer|conv_chunksize|keypoint_decoder_dim", None),
+    (r"shape_size", 8),
+    (r"coordinate_size", 12),
+    (r"num_(bpe|wordpiece)_labels", 20),
+    (r"mm_tokens_per_image", 4),
+    (r"encoder_hidden_dim|decoder_hidden_dim|output_channels|(mask|fpn)_feature_size", WIDTH),
+    (r"num_pos_feats", WIDTH // 2),
     (r"(num_|n_)?(expert_?groups?|group)|n_group|num_expert_group", 1),
     (r"topk_group", 1),
     (r"(num_|n_)?(experts_per_tok(en)?|moe_topk|moe_k|moe_top_k|top_k_experts|top_k|router_topk)", 2),
@@ -77,8 +84,6 @@ RULES: tuple[tuple[str, Any], ...] = (
     (r"num_conv_pos_embeddings", 16),
     (r"num_conv_pos_embedding_groups", 2),
     (r"num_mel_bins|feature_size|n_mels|mel_bins|num_mel|mel_dim", 16),
-    (r"n_window|conv_chunksize", 8),
-    (r"n_window_infer", 16),
     (r"out_hidden_size|output_hidden_size|embedding_size|pooler_hidden_size|text_hidden_size|vision_hidden_size", WIDTH),
     (r"(.*_)?(hidden_size|d_model|n_embd|embed_dim|model_dim|emb_dim|dim|output_size|attention_hidden_size|hidden_channels"
      r"|embedding_dim|output_dim|dim_model|projection_size|condition_dim|pooler_output_size)", WIDTH),
@@ -91,9 +96,6 @@ RULES: tuple[tuple[str, Any], ...] = (
     (r"expert_capacity", 64),
     (r"relative_attention_num_buckets|num_buckets|rel_pos_bins|rel_2d_pos_bins", 8),
     (r"relative_attention_max_distance|max_rel_pos|max_rel_2d_pos", 16),
-    (r"num_(bpe|wordpiece)_labels", 20),
-    (r"coordinate_size", 12),
-    (r"shape_size", 8),
     (r"num_filters", 8),
     (r"image_embedding_size", 4),
     (r"input_size", 32),
@@ -222,7 +224,7 @@ def _rope(value: dict[str, Any], variant: dict[str, Any], data: dict[str, Any]) 
     if value and all(isinstance(v, dict) for v in value.values()):
         return {key: _rope(v, variant, data) for key, v in value.items()}
     value = dict(value)
-    if "mrope_section" in value or MROPE.fullmatch(str(data.get("model_type"))):  # they sum to half of what is rotated
+    if "mrope_section" in value or value and MROPE.fullmatch(str(data.get("model_type"))):  # they sum to half of what is rotated
         head_dim = variant.get("head_dim", HEAD_DIM) if "head_dim" in data else WIDTH // HEADS
         half, count = int(head_dim * value.get("partial_rotary_factor", 1)) // 2, len(value.get("mrope_section", "hwt"))
         value["mrope_section"] = [half - (count - 1) * (half // count), *[half // count] * (count - 1)]
@@ -264,7 +266,7 @@ def _number(key: str, value: int, variant: dict[str, Any], chosen: list[int] | N
             if isinstance(small, int) and small > value and key not in ("head_dim", "v_head_dim") and small not in (KV_HEADS, LAYERS):
                 return value
             return variant.get({HEAD_DIM: "head_dim", KV_HEADS: "kv"}.get(small, ""), small)
-    return None
+    return channels(value) if key.endswith("channels") and value >= 8 else None
 
 
 def _layer_count(data: dict[str, Any]) -> int | None:
@@ -299,7 +301,13 @@ def _list(key: str, value: list, data: dict[str, Any], chosen: list[int] | None,
         value = [value[i] for i in chosen]
     if key in ("depths", "stage_num_blocks", "num_block_repeats", "blocks_per_stage"):
         return [min(v, 2) for v in value]
-    if key in ("global_attn_indexes", "deepstack_visual_indexes", "fullatt_block_indexes", "global_attention_blocks"):
+    if key == "decoder_in_channels":
+        return [WIDTH for _ in value]
+    if key == "backbone_feature_sizes":
+        return [[8, 8], [4, 4], [2, 2]]
+    if key == "global_attention_blocks":
+        return [4]
+    if key in ("global_attn_indexes", "deepstack_visual_indexes", "fullatt_block_indexes"):
         return [1]
     if key in ("image_size",):
         return [32 for _ in value]
