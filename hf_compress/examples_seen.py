@@ -33,6 +33,8 @@ def seen(asked: Any) -> Iterator[Batch]:
             "prompt_pixel_values": asked.normal(rows, channels, height, width),
             "prompt_masks": asked.normal(rows, channels, height, width),
         }
+    if "high_res_pixel_values" in names:  # DeepSeek-VL: two towers, two sizes
+        yield {**plain, "high_res_pixel_values": asked.normal(rows, channels, *_square(asked.size("image_size", 64, "high_res")))}
     if "spatial_shapes" in names:
         side = max(2, int(int(asked.size("num_patches", 16, "vision")) ** 0.5) // 2 * 2)
         ones = torch.ones(rows, side * side, dtype=torch.long)
@@ -79,6 +81,10 @@ def _without(asked: Any, part: str) -> bool:
     return part in vars(asked.config) and getattr(asked.config, part) is None
 
 
+def _square(size: Any) -> tuple[int, int]:
+    return (int(size), int(size)) if isinstance(size, int) else (int(size[-2]), int(size[-1]))
+
+
 def _first(value: Any) -> int:
     return int(value if isinstance(value, int | float) else value[-1])
 
@@ -87,8 +93,9 @@ def _image(asked: Any) -> tuple[int, int, int]:
     channels = asked.size("num_channels", None, "vision|image") or asked.size("in_channels", None, "vision|image") or 3
     size = asked.size("image_size", None, "vision|image|encoder|backbone") or asked.size("img_size")
     size = size or (asked.size("input_size") if "bbox" in asked.names else None) or 64  # LayoutLMv3
-    size = (size, size) if isinstance(size, int) else tuple(size)[-2:]
-    return int(channels) if isinstance(channels, int) else 3, int(size[0]), int(size[-1])
+    if asked.config.model_type == "tvp":
+        size = asked.config.max_img_size
+    return int(channels) if isinstance(channels, int) else 3, *_square(size)
 
 
 def _frames(asked: Any) -> tuple[int]:

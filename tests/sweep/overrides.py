@@ -19,6 +19,7 @@ _EFFICIENT: dict[str, Any] = {"in_channels": [32, 16, 24, 40, 80, 112, 192], "ou
                          "width_coefficient": 0.5, "depth_coefficient": 0.5, "hidden_dim": 640}  # fmt: skip
 _ROPE: dict[str, Any] = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 4, 4]}
 _COMPASS: dict[str, Any] = {"rope_parameters": {"full_attention": _ROPE, "sliding_attention": _ROPE}, "head_dim": 24}
+_IMAGE_TOKENS: dict[str, Any] = {f"IMGIMG{str(i).translate(str.maketrans('0123456789', 'ABCDEFGHIJ'))}Z": 50 + i for i in range(32)}
 # type -> values that replace those of the shrunk config
 OVERRIDES: dict[str, dict[str, Any]] = {
     "autoformer": {**_SERIES, "moving_average": 5},
@@ -40,6 +41,13 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "d_fine": {"head_dim": DROP},
     "deimv2": {"head_dim": DROP},
     "pp_doclayout_v2": {"class_thresholds": [0.5] * 20},
+    "lilt": {"hidden_size": 96},
+    "llama4": {"vision_config": {"intermediate_size": 256}},
+    "llama4_vision_model": {"intermediate_size": 256},
+    "mllama": {"vision_config": {"intermediate_layers_indices": [0, 1], "vision_output_dim": 192}},
+    "mobilebert": {"intra_bottleneck_size": 32, "true_hidden_size": 32, "embedding_size": 32},
+    "deepseek_ocr2": {"text_config": {"mlp_layer_types": ["dense", "sparse", "sparse"]}},
+    "chameleon": {"vocabulary_map": {"<image>": 90, **_IMAGE_TOKENS}},
     "mask2former": {"feature_size": 64},
     "molmo2": {"adapter_config": {"vision_feature_layer": [2, 1]}},
     "nemo_speechlm": {"audio_config": {"chunk_right_context": 2, "chunk_left_context": 2}},
