@@ -53,6 +53,8 @@ class Asked:
         self.required = {p.name for p in parameters if p.default is p.empty and p.kind in plain}
         self.main = getattr(model, "main_input_name", "input_ids")
         self.rows, self.length = rows, length
+        both = getattr(self.config, "is_encoder_decoder", False)  # BART's classifier reads its answer at the end of the text
+        self.reads_the_end = both and type(model).__name__.endswith("ForSequenceClassification")
         self.draw = torch.Generator().manual_seed(0)
         self.configs = list(_configs(self.config))
         weights = [p for p in model.parameters() if p.is_floating_point()]
@@ -92,6 +94,8 @@ class Asked:
             ids = self.words(rows, max(length, 2))
             for name in ("image", "audio", "video"):
                 ids = self._with_placeholders(ids, name, batch)
+            if self.reads_the_end and isinstance(eos := self.size("eos_token_id"), int):
+                ids[:, -1] = eos
             found["input_ids"] = ids
             if "mm_token_type_ids" in self.names and len(batch):
                 marks = [self.size(f"{what}_token_id") for what in ("image", "video")]
@@ -111,7 +115,7 @@ class Asked:
                 found["image_embeds_position_mask"] = (torch.arange(queries + length) < queries).long().repeat(rows, 1)
             if "lang_ids" in self.names and getattr(self.config, "languages", None):
                 found["lang_ids"] = torch.zeros(rows, dtype=torch.long)
-        if "decoder_input_ids" in self.names and getattr(self.config, "is_encoder_decoder", True):
+        if "decoder_input_ids" in self.names and getattr(self.config, "is_encoder_decoder", True) and not self.reads_the_end:
             vocabulary = self.size("vocab_size", None, "decoder")
             ids = self.words(rows, 6, min(vocabulary, _vocabulary(self.model)) if vocabulary else None)
             if self.config.model_type == "dia":  # one token of each book at every place
@@ -152,16 +156,19 @@ class Asked:
         if main not in batch:
             return 0
         given = {name: self.placed(value) for name, value in batch.items()}
+        plain = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+        wanted = [n for n, p in taken.items() if p.default is p.empty and p.kind in plain and n not in given]
+        given.update({name: self.size(name) for name in wanted})
         features = self._run(method, {name: value for name, value in given.items() if name in taken})
         if features is None:  # VideoLlama3 hands the rest on
             features = self._run(method, {name: v for name, v in given.items() if name in taken or name.startswith(what)})
-        features = getattr(features, "pooler_output", features)
+        pooled = getattr(features, "pooler_output", features)
+        features = getattr(features, "last_hidden_state", None) if pooled is None else pooled
         if features is None:
             return 0
         tensors = features if isinstance(features, tuple | list) else [features]
         width = int(getattr(self.config.get_text_config(), "hidden_size", 0)) or tensors[0].shape[-1]
         return sum(t.numel() for t in tensors if isinstance(t, torch.Tensor)) // width
-
 
     def _run(self, method: Any, given: Batch) -> Any:
         training = [m for m in self.model.modules() if m.training]

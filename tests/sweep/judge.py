@@ -62,7 +62,7 @@ def judge(model: Any, inputs: dict[str, Any], edit: str, loader: Loader, plain: 
     try:
         plan = plan_for(edit, model)
     except hc.CompressionError as error:
-        nothing = re.search(r"nothing|has no ", str(error))
+        nothing = re.search(r"nothing|has no |None of", str(error))
         return {"verdict": "nothing to cut" if nothing else f"refused: {error}", "details": {"plan": str(error)[:200]}}
     except Exception as error:
         return {"verdict": f"wrong: making a plan raised {type(error).__name__}: {_line(error)}"}

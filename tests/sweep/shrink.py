@@ -106,7 +106,7 @@ RULES: tuple[tuple[str, Any], ...] = (
     (r"rel_extent", 32),
 )
 SKIP = {"id2label", "label2id", "torch_dtype", "dtype", "transformers_version", "stage_names", "out_features"}
-NONE = {"num_experts_per_tok": 2, "head_dim": HEAD_DIM, "num_key_value_heads": KV_HEADS, "vocab_size": VOCABULARY}  # what defaults leave open
+NONE = {"pad_token_id": 0, "num_experts_per_tok": 2, "head_dim": HEAD_DIM, "num_key_value_heads": KV_HEADS, "vocab_size": VOCABULARY}  # what defaults leave open
 SPECIAL = {"pad": 0, "bos": 1, "eos": 2, "decoder_start": 2, "unk": 3, "sep": 2, "cls": 1, "mask": 3, "forced_eos": 2,
            "forced_bos": 1, "begin": 1}  # fmt: skip
 PER_LAYER = re.compile(r"layers_block_type|.*layer_types|indexer_types|layer_rope_theta|no_rope_layers|block_types"
@@ -122,7 +122,10 @@ def tiny_config(kind: str, variant: dict[str, Any] | None = None, override: dict
     small = _shrunk(data, variant or {}, tokens)
     merge(small, override or {})
     small.pop("model_type", None)
-    return cls.from_dict(small) if hasattr(cls, "from_dict") else cls(**small)
+    config = cls.from_dict(small)
+    if getattr(config, "is_encoder_decoder", False) and getattr(config, "decoder_start_token_id", None) is None:
+        config.decoder_start_token_id = 0
+    return config
 
 
 def default_dict(kind: str) -> dict[str, Any]:
