@@ -92,7 +92,7 @@ def _first(value: Any) -> int:
 def _image(asked: Any) -> tuple[int, int, int]:
     channels = asked.size("num_channels", None, "vision|image") or asked.size("in_channels", None, "vision|image") or 3
     size = asked.size("image_size", None, "vision|image|encoder|backbone") or asked.size("img_size")
-    size = size or (asked.size("input_size") if "bbox" in asked.names else None) or 64  # LayoutLMv3
+    size = size or asked.size("resolution", None, "vq") or (asked.size("input_size") if "bbox" in asked.names else None) or 64  # LayoutLMv3
     if asked.config.model_type == "tvp":
         size = asked.config.max_img_size
     return int(channels) if isinstance(channels, int) else 3, *_square(size)
