@@ -66,7 +66,11 @@ class Asked:
 
     def size(self, name: str, default: Any = None, part: str = "") -> Any:
         """A value of the config or of its parts: of those whose name holds `part` first."""
-        order = sorted(self.configs, key=lambda named: not any(word in named[0] for word in part.split("|"))) if part else self.configs
+        order = (
+            sorted(self.configs, key=lambda named: not any(word in named[0] for word in part.split("|")))
+            if part
+            else self.configs
+        )
         return next((value for _, c in order if (value := _value(c, name)) is not None), default)
 
     def normal(self, *shape: int) -> torch.Tensor:
@@ -85,7 +89,7 @@ class Asked:
         return torch.tensor(allowed)[self.whole(0, len(allowed), rows, length)]
 
     def text(self, batch: Batch, rows: int) -> Batch:
-        """`input_ids` with the placeholders of what else is in a batch, `decoder_input_ids`, and what follows token by token."""
+        """`input_ids` with the placeholders of what else is in a batch, `decoder_input_ids`, and what goes with every token."""
         found: Batch = {}
         takes = "input_ids" in self.names and "input_ids" not in batch
         if takes and (self.main == "input_ids" or self.main not in batch or "pixel_values" in batch):

@@ -40,7 +40,11 @@ def others(asked: Any) -> Iterator[Batch]:
         width = int(asked.size("hidden_size", 8))
         yield {"noise_embeds": asked.normal(rows, 6, width), "context_hidden_states": asked.normal(rows, 6, width)}
     if "task_inputs" in asked.required:  # OneFormer
-        yield {"task_inputs": asked.whole(1, int(asked.size("text_encoder_vocab_size", 90)), rows, int(asked.size("task_seq_len", 77)))}
+        yield {
+            "task_inputs": asked.whole(
+                1, int(asked.size("text_encoder_vocab_size", 90)), rows, int(asked.size("task_seq_len", 77))
+            )
+        }
     if "images_per_sample" in names:
         yield {"images_per_sample": torch.ones(rows, dtype=torch.long)}
     if asked.main == "inputs" and "input_values" not in names and "inputs" in asked.required:  # Perceiver

@@ -34,7 +34,10 @@ def seen(asked: Any) -> Iterator[Batch]:
             "prompt_masks": asked.normal(rows, channels, height, width),
         }
     if "high_res_pixel_values" in names:  # DeepSeek-VL: two towers, two sizes
-        yield {**plain, "high_res_pixel_values": asked.normal(rows, channels, *_square(asked.size("image_size", 64, "high_res")))}
+        yield {
+            **plain,
+            "high_res_pixel_values": asked.normal(rows, channels, *_square(asked.size("image_size", 64, "high_res"))),
+        }
     if "spatial_shapes" in names:
         side = max(2, int(int(asked.size("num_patches", 16, "vision")) ** 0.5) // 2 * 2)
         ones = torch.ones(rows, side * side, dtype=torch.long)
@@ -51,7 +54,10 @@ def seen(asked: Any) -> Iterator[Batch]:
     if "pixel_position_ids" in names or "image_position_ids" in names:
         name = "pixel_position_ids" if "pixel_position_ids" in names else "image_position_ids"
         grid_of = torch.stack(torch.meshgrid(torch.arange(6), torch.arange(6), indexing="ij"), -1).view(1, 36, 2)
-        yield {"pixel_values": torch.rand(rows, 36, channels * patch * patch, generator=asked.draw), name: grid_of.repeat(rows, 1, 1)}
+        yield {
+            "pixel_values": torch.rand(rows, 36, channels * patch * patch, generator=asked.draw),
+            name: grid_of.repeat(rows, 1, 1),
+        }
     if "aspect_ratio_ids" in names:
         tiles = int(asked.size("max_num_tiles", 4))
         yield {
@@ -92,7 +98,9 @@ def _first(value: Any) -> int:
 def _image(asked: Any) -> tuple[int, int, int]:
     channels = asked.size("num_channels", None, "vision|image") or asked.size("in_channels", None, "vision|image") or 3
     size = asked.size("image_size", None, "vision|image|encoder|backbone") or asked.size("img_size")
-    size = size or asked.size("resolution", None, "vq") or (asked.size("input_size") if "bbox" in asked.names else None) or 64  # LayoutLMv3
+    size = (
+        size or asked.size("resolution", None, "vq") or (asked.size("input_size") if "bbox" in asked.names else None) or 64
+    )  # LayoutLMv3
     if asked.config.model_type == "tvp":
         size = asked.config.max_img_size
     return int(channels) if isinstance(channels, int) else 3, *_square(size)
@@ -143,7 +151,15 @@ def heard(asked: Any) -> Iterator[Batch]:
 
 def _spectrograms(asked: Any) -> Iterator[Batch]:
     names = asked.names
-    sizes = ("num_mel_bins", "feature_projection_input_dim", "n_mels", "input_feat_per_channel", "input_feat_size", "feature_size", "num_chroma")
+    sizes = (
+        "num_mel_bins",
+        "feature_projection_input_dim",
+        "n_mels",
+        "input_feat_per_channel",
+        "input_feat_size",
+        "feature_size",
+        "num_chroma",
+    )
     known = [asked.size(name, None, "audio|encoder|speech") for name in (*sizes, "input_size", "input_dim")]
     bins = list(dict.fromkeys(int(v) for v in known if isinstance(v, int) and v > 1)) or [80, 128]
     longest = asked.size("max_source_positions", None, "audio|encoder") or 50

@@ -38,7 +38,14 @@ def judge_type(kind: str, edits: list[str], loader: Loader, plain: Loader | None
         wanted = EDITS[edit][2]
         name = next((found for m in wanted if (found := class_name(kind, m))), None) if wanted else class_name(kind)
         if name is None:
-            yield {"type": kind, "class": None, "edit": edit, "verdict": "nothing to cut", "details": {"no": wanted}, "seconds": 0.0}
+            yield {
+                "type": kind,
+                "class": None,
+                "edit": edit,
+                "verdict": "nothing to cut",
+                "details": {"no": wanted},
+                "seconds": 0.0,
+            }
             continue
         if name not in built:
             try:
@@ -74,7 +81,9 @@ def judge(model: Any, inputs: dict[str, Any], edit: str, loader: Loader, plain: 
         details["discover_missed"] = any(missed.get(sign) for sign in signs)
         return {"verdict": "nothing to cut", "details": details}
     try:
-        {"cut": _cut, "kind": _kind, "exits": _exits}[EDITS[edit][1]](copy.deepcopy(model), model, plan, inputs, loader, plain, details)
+        {"cut": _cut, "kind": _kind, "exits": _exits}[EDITS[edit][1]](
+            copy.deepcopy(model), model, plan, inputs, loader, plain, details
+        )
         verdict = "exact"
     except hc.CompressionError as error:
         verdict = f"refused: {_line(error)}"
@@ -236,7 +245,9 @@ def _survives(model: Any, now: list[torch.Tensor], batch: dict, loader: Loader, 
             here = outputs_of(type(model).from_pretrained(folder).eval(), batch)
             details["load_here"] = "same bits as there" if _same_bits(loaded, here) else "other bits than there"
             if details["load_save"] > 1e-6 or not _same_bits(loaded, here):
-                raise Wrong(f"what is loaded differs by {details['load_save']:.1e} from what was saved ({details['load_here']})")
+                raise Wrong(
+                    f"what is loaded differs by {details['load_save']:.1e} from what was saved ({details['load_here']})"
+                )
         if plain is not None and not stock:
             try:
                 plain.ask(type(model).__name__, folder, batch)
@@ -248,7 +259,8 @@ def _survives(model: Any, now: list[torch.Tensor], batch: dict, loader: Loader, 
 
 def _same_bits(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
     return len(one) == len(other) and all(
-        a.shape == b.shape and (torch.equal(a, b) or torch.equal(a.nan_to_num(), b.nan_to_num())) for a, b in zip(one, other, strict=True)
+        a.shape == b.shape and (torch.equal(a, b) or torch.equal(a.nan_to_num(), b.nan_to_num()))
+        for a, b in zip(one, other, strict=True)
     )
 
 
@@ -360,7 +372,9 @@ def _exits(model: Any, dense: Any, plan: hc.Plan, inputs: Any, loader: Loader, p
     _survives(model, outputs_of(model, batch), batch, loader, plain, details)
     hidden: list[torch.Tensor] = []
     options = hc.exit_options(model)
-    stack = next(s for s in hc.discover(dense).stacks.values() if s[0].path == options["stack"] or s[0].stack == options["stack"])
+    stack = next(
+        s for s in hc.discover(dense).stacks.values() if s[0].path == options["stack"] or s[0].stack == options["stack"]
+    )
     for layer in stack:
         module = model.get_submodule(layer.name)
         module.register_forward_pre_hook(lambda m, a, k: hidden.append(a[0] if a else k["hidden_states"]), with_kwargs=True)

@@ -19,7 +19,9 @@ _EFFICIENT: dict[str, Any] = {"in_channels": [32, 16, 24, 40, 80, 112, 192], "ou
                          "width_coefficient": 0.5, "depth_coefficient": 0.5, "hidden_dim": 640}  # fmt: skip
 _ROPE: dict[str, Any] = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 4, 4]}
 _COMPASS: dict[str, Any] = {"rope_parameters": {"full_attention": _ROPE, "sliding_attention": _ROPE}, "head_dim": 24}
-_IMAGE_TOKENS: dict[str, Any] = {f"IMGIMG{str(i).translate(str.maketrans('0123456789', 'ABCDEFGHIJ'))}Z": 50 + i for i in range(32)}
+_IMAGE_TOKENS: dict[str, Any] = {
+    f"IMGIMG{str(i).translate(str.maketrans('0123456789', 'ABCDEFGHIJ'))}Z": 50 + i for i in range(32)
+}
 # type -> values that replace those of the shrunk config
 OVERRIDES: dict[str, dict[str, Any]] = {
     "autoformer": {**_SERIES, "moving_average": 5},
@@ -48,7 +50,11 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "mobilebert": {"intra_bottleneck_size": 32, "true_hidden_size": 32, "embedding_size": 32},
     "deepseek_ocr2": {"text_config": {"mlp_layer_types": ["dense", "sparse", "sparse"]}},
     "tvp": {"visual_prompt_size": 8},
-    "chameleon": {"image_token_id": 90, "vq_config": {"base_channels": 32, "channel_multiplier": [1, 2], "num_res_blocks": 1}, "vocabulary_map": {"<image>": 90, **_IMAGE_TOKENS}},
+    "chameleon": {
+        "image_token_id": 90,
+        "vq_config": {"base_channels": 32, "channel_multiplier": [1, 2], "num_res_blocks": 1},
+        "vocabulary_map": {"<image>": 90, **_IMAGE_TOKENS},
+    },
     "mask2former": {"feature_size": 64},
     "molmo2": {"adapter_config": {"vision_feature_layer": [2, 1]}},
     "nemo_speechlm": {"audio_config": {"chunk_right_context": 2, "chunk_left_context": 2}},
@@ -56,7 +62,11 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "zaya": {"num_experts_per_tok": 1},
     "gemma4_assistant": {"hidden_size_per_layer_input": 0, "text_config": {"hidden_size_per_layer_input": 0}},
     "efficientnet": _EFFICIENT,
-    "align": {"vision_config": {**_EFFICIENT, "hidden_dim": 160}, "projection_dim": 160, "text_config": {"projection_dim": 160}},
+    "align": {
+        "vision_config": {**_EFFICIENT, "hidden_dim": 160},
+        "projection_dim": 160,
+        "text_config": {"projection_dim": 160},
+    },
     "align_vision_model": _EFFICIENT,
     "aria": {"projector_patch_to_query_dict": {16: 8}},
     "bros": {"dim_bbox_sinusoid_emb_2d": DROP, "dim_bbox_sinusoid_emb_1d": DROP, "dim_bbox_projection": DROP},
@@ -78,7 +88,15 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "bigbird_pegasus": {"attention_type": "original_full"},
     "moonshine_streaming": {"num_key_value_heads": 4},
     "janus": {"vq_config": {"base_channels": 32, "channel_multiplier": [1, 2], "num_res_blocks": 1}},
-    "clap": {"audio_config": {"patch_embeds_hidden_size": 16, "hidden_size": 128, "spec_size": 64, "window_size": 2, "num_mel_bins": 32}},
+    "clap": {
+        "audio_config": {
+            "patch_embeds_hidden_size": 16,
+            "hidden_size": 128,
+            "spec_size": 64,
+            "window_size": 2,
+            "num_mel_bins": 32,
+        }
+    },
     "vibevoice_acoustic_tokenizer": {"num_filters": 2, "encoder_config": {"num_filters": 2}},
     "vibevoice_acoustic_tokenizer_encoder": {"num_filters": 2},
     "vibevoice_acoustic_tokenizer_decoder": {"num_filters": 2},

@@ -110,7 +110,14 @@ def _serve(workers: list[Worker], jobs: list[tuple[str, list[str]]], report: Any
                 continue
             if isinstance(row, str):
                 kind, edits = worker.job
-                report({"type": kind, "edit": edits[0], "verdict": f"wrong: {row}", "seconds": round(time.monotonic() - worker.since, 1)})
+                report(
+                    {
+                        "type": kind,
+                        "edit": edits[0],
+                        "verdict": f"wrong: {row}",
+                        "seconds": round(time.monotonic() - worker.since, 1),
+                    }
+                )
                 worker.end(hard=True)
                 worker = workers[i] = Worker()
                 if edits[1:]:

@@ -54,7 +54,10 @@ RULES: tuple[tuple[str, Any], ...] = (
     (r"(mamba_)?chunk_size", 8),
     (r"time_step_rank|mamba_dt_rank", 4),
     (r"chunk_size_feed_forward|pretraining_tp|num_channels|.*in_chans|num_hidden_groups|inner_group_num", None),
-    (r"num_encoder_blocks|num_stages|num_key_value_groups|cross_attention_frequency|spatial_merge_size|temporal_patch_size|merge_size|num_labels", None),
+    (
+        r"num_encoder_blocks|num_stages|num_key_value_groups|cross_attention_frequency|spatial_merge_size|temporal_patch_size|merge_size|num_labels",
+        None,
+    ),
     (r"first_k_dense_replace|num_dense_layers|moe_layer_start_index", 1),
     (r"num_kv_shared_layers", 1),
     (r"moe_layer_end_index", 2),
@@ -62,16 +65,25 @@ RULES: tuple[tuple[str, Any], ...] = (
     (r"_?sliding_window_pattern|global_attn_every_n_layers|decoder_sparse_step|encoder_sparse_step|no_rope_layer_interval", 2),
     (r"sliding_window|sliding_window_size|local_attention|attention_chunk_size|keep_window_size", 8),
     (r"attention_window", 8),
-    (r".*(hidden|encoder|decoder|transformer|self_attn|text|vision|spatial|temporal|auxiliary|qformer|resampler|global|local)_"
-     r"(layers|blocks|depth)|num_layers|n_layers?|layers|depth|num_block_?s|[lxr]_layers|num_attention_layers"
-     r"|num_hidden_layers|num_attention_blocks|num_self_attends_per_block", LAYERS),
+    (
+        r".*(hidden|encoder|decoder|transformer|self_attn|text|vision|spatial|temporal|auxiliary|qformer|resampler|global|local)_"
+        r"(layers|blocks|depth)|num_layers|n_layers?|layers|depth|num_block_?s|[lxr]_layers|num_attention_layers"
+        r"|num_hidden_layers|num_attention_blocks|num_self_attends_per_block",
+        LAYERS,
+    ),
     (r"num_layers_per_stack", 2),
     (r".*_head_dim|head_dim|attention_head_size|d_kv|kv_channels|d_head|dim_head|head_size|cross_head_dim", HEAD_DIM),
-    (r".*(attention_heads|n_heads?|num_heads|self_attention_heads|cross_attention_heads)|heads|encoder_heads|decoder_heads"
-     r"|resampler_heads", HEADS),
-    (r".*(intermediate_size|ffn_dim|ffn_hidden_size|ffn_size|linear_units|mlp_dim|feedforward_dim|dim_feedforward"
-     r"|feed_forward_hidden_size|intermediate_dim|mlp_hidden_size|ffn_inner_dim)(_mlp)?"
-     r"|d_ff|dff|dim_ff|d_inner|n_inner|mlp_hidden_dim|hidden_dim|expert_hidden_size|moe_hidden_size", NEURONS),
+    (
+        r".*(attention_heads|n_heads?|num_heads|self_attention_heads|cross_attention_heads)|heads|encoder_heads|decoder_heads"
+        r"|resampler_heads",
+        HEADS,
+    ),
+    (
+        r".*(intermediate_size|ffn_dim|ffn_hidden_size|ffn_size|linear_units|mlp_dim|feedforward_dim|dim_feedforward"
+        r"|feed_forward_hidden_size|intermediate_dim|mlp_hidden_size|ffn_inner_dim)(_mlp)?"
+        r"|d_ff|dff|dim_ff|d_inner|n_inner|mlp_hidden_dim|hidden_dim|expert_hidden_size|moe_hidden_size",
+        NEURONS,
+    ),
     (r"hidden_size_per_layer_input", 8),
     (r"(.*_)?vocab(_size)?(_per_layer_input)?|vocab_size_.*|.*_vocab_size(_base)?", VOCABULARY),
     (r"vocab_offset", 60),
@@ -79,16 +91,22 @@ RULES: tuple[tuple[str, Any], ...] = (
     (r"codebook_dim|codevector_dim|proj_codevector_dim|classifier_proj_size|.*projection_dim|.*_proj_dim|latent_dim", 32),
     (r"word_embed_proj_dim", WIDTH),
     (r"max_2d_position_embeddings", 64),
-    (r"(max_|n_)?(position|source|target|encoder_position|decoder_position)?_?(positions|position_embeddings)"
-     r"|.*_position_embeddings|max_(source|target)_positions|n_ctx|block_size|max_seq_len|context_length", POSITIONS),
+    (
+        r"(max_|n_)?(position|source|target|encoder_position|decoder_position)?_?(positions|position_embeddings)"
+        r"|.*_position_embeddings|max_(source|target)_positions|n_ctx|block_size|max_seq_len|context_length",
+        POSITIONS,
+    ),
     (r".*(_token_id|_token_index|_token|_id|_idx|_index)", None),
     (r"num_queries|two_stage_num_proposals|num_query_tokens|query_length|n_latents|num_latents", 8),
     (r"num_conv_pos_embeddings", 16),
     (r"num_conv_pos_embedding_groups", 2),
     (r"num_mel_bins|feature_size|n_mels|mel_bins|num_mel|mel_dim", 16),
     (r"out_hidden_size|output_hidden_size|embedding_size|pooler_hidden_size|text_hidden_size|vision_hidden_size", WIDTH),
-    (r"(.*_)?(hidden_size|d_model|n_embd|embed_dim|model_dim|emb_dim|dim|output_size|attention_hidden_size|hidden_channels"
-     r"|embedding_dim|output_dim|dim_model|projection_size|condition_dim|pooler_output_size)", WIDTH),
+    (
+        r"(.*_)?(hidden_size|d_model|n_embd|embed_dim|model_dim|emb_dim|dim|output_size|attention_hidden_size|hidden_channels"
+        r"|embedding_dim|output_dim|dim_model|projection_size|condition_dim|pooler_output_size)",
+        WIDTH,
+    ),
     (r"image_size|img_size|crop_size|pretrain_image_size|resolution", 32),
     (r"patch_size", 8),
     (r"num_register_tokens|num_registers", 2),
@@ -106,7 +124,13 @@ RULES: tuple[tuple[str, Any], ...] = (
     (r"rel_extent", 32),
 )
 SKIP = {"id2label", "label2id", "torch_dtype", "dtype", "transformers_version", "stage_names", "out_features"}
-NONE = {"pad_token_id": 0, "num_experts_per_tok": 2, "head_dim": HEAD_DIM, "num_key_value_heads": KV_HEADS, "vocab_size": VOCABULARY}  # what defaults leave open
+NONE = {
+    "pad_token_id": 0,
+    "num_experts_per_tok": 2,
+    "head_dim": HEAD_DIM,
+    "num_key_value_heads": KV_HEADS,
+    "vocab_size": VOCABULARY,
+}  # what defaults leave open
 SPECIAL = {"pad": 0, "bos": 1, "eos": 2, "decoder_start": 2, "unk": 3, "sep": 2, "cls": 1, "mask": 3, "forced_eos": 2,
            "forced_bos": 1, "begin": 1}  # fmt: skip
 PER_LAYER = re.compile(r"layers_block_type|.*layer_types|indexer_types|layer_rope_theta|no_rope_layers|block_types"
@@ -144,7 +168,6 @@ def merge(into: dict[str, Any], other: dict[str, Any]) -> None:
             merge(into[key], value)
         else:
             into[key] = copy.deepcopy(value)
-
 
 
 def _shrunk(data: dict[str, Any], variant: dict[str, Any], tokens: dict[str, int]) -> dict[str, Any]:
@@ -194,7 +217,9 @@ def _shrunk(data: dict[str, Any], variant: dict[str, Any], tokens: dict[str, int
         small["num_key_value_heads"] = small["num_attention_heads"]
     if "qk_rope_head_dim" in small and "head_dim" in small:  # of multi-head latent attention: what is rotated
         small["head_dim"] = small["qk_rope_head_dim"]
-    if isinstance(data.get("embed_dim"), int) and isinstance(data.get("depths"), list):  # Swin: the width doubles in every stage
+    if isinstance(data.get("embed_dim"), int) and isinstance(
+        data.get("depths"), list
+    ):  # Swin: the width doubles in every stage
         small.update(embed_dim=16, window_size=2, image_size=64, patch_size=4)
         if data.get("hidden_size") == data["embed_dim"] * 2 ** (len(data["depths"]) - 1):
             small["hidden_size"] = 16 * 2 ** (len(data["depths"]) - 1)
@@ -229,7 +254,9 @@ def _rope(value: dict[str, Any], variant: dict[str, Any], data: dict[str, Any]) 
     if value and all(isinstance(v, dict) for v in value.values()):
         return {key: _rope(v, variant, data) for key, v in value.items()}
     value = dict(value)
-    if "mrope_section" in value or value and MROPE.fullmatch(str(data.get("model_type"))):  # they sum to half of what is rotated
+    if (
+        "mrope_section" in value or value and MROPE.fullmatch(str(data.get("model_type")))
+    ):  # they sum to half of what is rotated
         head_dim = variant.get("head_dim", HEAD_DIM) if "head_dim" in data else WIDTH // HEADS
         half, count = int(head_dim * value.get("partial_rotary_factor", 1)) // 2, len(value.get("mrope_section", "hwt"))
         value["mrope_section"] = [half - (count - 1) * (half // count), *[half // count] * (count - 1)]
@@ -268,7 +295,12 @@ def _number(key: str, value: int, variant: dict[str, Any], chosen: list[int] | N
                 return len(chosen)
             if small is None or value == 0:
                 return value
-            if isinstance(small, int) and small > value and key not in ("head_dim", "v_head_dim") and small not in (KV_HEADS, LAYERS):
+            if (
+                isinstance(small, int)
+                and small > value
+                and key not in ("head_dim", "v_head_dim")
+                and small not in (KV_HEADS, LAYERS)
+            ):
                 return value
             return variant.get({HEAD_DIM: "head_dim", KV_HEADS: "kv"}.get(small, ""), small)
     return channels(value) if key.endswith("channels") and value >= 8 else None
@@ -323,7 +355,9 @@ def _list(key: str, value: list, data: dict[str, Any], chosen: list[int] | None,
     return value if LEFT.search(key) else _channels(value, bool(CHANNELS.search(key)))
 
 
-LEFT = re.compile(r"subsampling_conv_channels|kernel|stride|pad|patch|window|dilat|ratio|scale|rate|factor|indic|index|expan|repeat|tubelet|grid|idx|lags")
+LEFT = re.compile(
+    r"subsampling_conv_channels|kernel|stride|pad|patch|window|dilat|ratio|scale|rate|factor|indic|index|expan|repeat|tubelet|grid|idx|lags"
+)
 CHANNELS = re.compile(r"channel|dim|hidden_sizes|width|filters|feature_sizes|units")
 
 

@@ -10,7 +10,14 @@ import transformers.models.auto.modeling_auto as auto
 from .overrides import CLASSES
 
 EDITS = (
-    "KeepHeads", "KeepNeurons", "KeepLayers", "all three", "LowRank", "DepthwiseSeparable", "Quantize 8 bit", "Quantize 4 bit",
+    "KeepHeads",
+    "KeepNeurons",
+    "KeepLayers",
+    "all three",
+    "LowRank",
+    "DepthwiseSeparable",
+    "Quantize 8 bit",
+    "Quantize 4 bit",
     "AddExits",
 )  # fmt: skip; what they do is in plans.py
 # the mappings in the order in which a class is taken: heads that give logits first
