@@ -82,7 +82,7 @@ class Asked:
     def words(self, rows: int, length: int, vocabulary: int | None = None) -> torch.Tensor:
         """Token ids that no config calls special."""
         vocabulary = vocabulary or _vocabulary(self.model)
-        special = {v for _, c in self.configs for name, value in vars(c).items() for v in _ids(name, value)}
+        special = {v for _, c in self.configs for name, value in vars(c).items() for v in ids_in(name, value)}
         allowed = [i for i in range(min(4, vocabulary - 1), min(vocabulary, 4000)) if i not in special] or [vocabulary - 1]
         if vocabulary > 4000:  # a large one has few special tokens, at its end as a rule
             return self.whole(4, vocabulary - 1000, rows, length)
@@ -194,7 +194,8 @@ def _value(config: Any, name: str) -> Any:
         return None
 
 
-def _ids(name: str, value: Any) -> list[int]:
+def ids_in(name: str, value: Any) -> list[int]:
+    """The ids of tokens in a config's value, by its name."""
     if not name.endswith(("_id", "_index", "_ids", "_token")):
         return []
     return [v for v in (value if isinstance(value, tuple | list) else [value]) if type(v) is int]

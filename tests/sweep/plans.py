@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import hf_compress as hc
+from hf_compress.examples import Asked, ids_in
 
 
 def heads(model: Any, draw: random.Random) -> list[Any]:
@@ -51,6 +52,40 @@ def three(model: Any, draw: random.Random) -> list[Any]:
     return [*heads(model, draw), *neurons(model, draw), *layers(model, draw)]
 
 
+def channels(model: Any, draw: random.Random) -> list[Any]:
+    """Two thirds of every set of channels that go together; as many of every group where a convolution works in groups."""
+    chosen = []
+    for group in hc.channel_groups(model):  # type: ignore[attr-defined]
+        count = getattr(model.get_submodule(group.name), "groups", 1)
+        each = group.size // (1 if count == group.size else count)
+        offsets = draw.sample(range(each), max(1, 2 * each // 3))
+        kept = {i for i in range(group.size) if i % each in offsets} | set(group.fixed)
+        if len(kept) < group.size:
+            chosen.append(hc.KeepChannels(group.name, sorted(kept)))  # type: ignore[attr-defined]
+    return chosen
+
+
+def experts(model: Any, draw: random.Random) -> list[Any]:
+    """Some experts of every mixture, no fewer than a token goes through."""
+    chosen = []
+    for i, m in enumerate(hc.discover(model).experts):  # type: ignore[attr-defined]
+        least = max(m.top_k, m.num_experts - 1 - i % 2)
+        if least < m.num_experts:
+            chosen.append(hc.KeepExperts(m.name, sorted(draw.sample(range(m.num_experts), least))))  # type: ignore[attr-defined]
+    return chosen
+
+
+def vocabulary(model: Any, draw: random.Random) -> list[Any]:
+    """Two thirds of the tokens, all that the config names among them."""
+    asked = Asked(model, 2, 12)
+    try:
+        size = model.get_input_embeddings().num_embeddings
+    except (AttributeError, NotImplementedError):
+        return []
+    special = {v for _, c in asked.configs for name, value in vars(c).items() for v in ids_in(name, value) if 0 <= v < size}
+    return [hc.KeepVocabulary(sorted(set(draw.sample(range(size), 2 * size // 3)) | special))]  # type: ignore[attr-defined]
+
+
 def low_rank(model: Any, draw: random.Random) -> Any:
     return hc.plan_low_rank(model, ratio=0.5)
 
@@ -72,13 +107,16 @@ def exits(model: Any, draw: random.Random) -> list[Any]:
 
 
 CLASSIFIERS = ("SEQUENCE_CLASSIFICATION", "IMAGE_CLASSIFICATION", "AUDIO_CLASSIFICATION", "VIDEO_CLASSIFICATION")
-# name -> (plan, kind, the mappings of which it needs a class; any does if there are none): "cut" is compared with masks, "kind" with the
+# name -> (plan, kind, the mappings of which it needs a class; any does if there are none): "cut" is compared with masks, "vocabulary" with the logits of what is kept, "kind" with the
 # float form, "exits" with the model itself
 EDITS: dict[str, tuple[Callable[[Any, random.Random], Any], str, tuple[str, ...]]] = {
     "KeepHeads": (heads, "cut", ()),
     "KeepNeurons": (neurons, "cut", ()),
     "KeepLayers": (layers, "cut", ()),
     "all three": (three, "cut", ()),
+    "KeepChannels": (channels, "cut", ()),
+    "KeepExperts": (experts, "cut", ()),
+    "KeepVocabulary": (vocabulary, "vocabulary", ()),
     "LowRank": (low_rank, "kind", ()),
     "DepthwiseSeparable": (separable, "kind", ()),
     "Quantize 8 bit": (eight_bit, "kind", ()),

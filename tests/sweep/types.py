@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 from typing import Any
 
 import transformers.models.auto.modeling_auto as auto
 
 from .overrides import CLASSES
 
-EDITS = (
-    "KeepHeads",
-    "KeepNeurons",
-    "KeepLayers",
-    "all three",
-    "LowRank",
-    "DepthwiseSeparable",
-    "Quantize 8 bit",
-    "Quantize 4 bit",
-    "AddExits",
-)  # fmt: skip; what they do is in plans.py
+EDITS_FILE = Path(__file__).parent.parent.parent / "hf_compress" / "edits.py"
+# what they do is in plans.py; of those that are not there yet nothing is said
+EDITS = tuple(
+    edit
+    for edit in (
+        "KeepHeads", "KeepNeurons", "KeepLayers", "all three", "KeepChannels", "KeepExperts", "KeepVocabulary", "LowRank",
+        "DepthwiseSeparable", "Quantize 8 bit", "Quantize 4 bit", "AddExits",
+    )
+    if edit not in ("KeepChannels", "KeepExperts", "KeepVocabulary") or f"class {edit}:" in EDITS_FILE.read_text()
+)  # fmt: skip
 # the mappings in the order in which a class is taken: heads that give logits first
 ORDER = (
     "SPEECH_SEQ_2_SEQ", "IMAGE_TEXT_TO_TEXT", "SEQ_TO_SEQ_CAUSAL_LM", "MULTIMODAL_LM", "MASKED_LM", "CAUSAL_LM",
