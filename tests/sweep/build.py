@@ -99,7 +99,7 @@ def fill_(model: PreTrainedModel, seed: int = 0, scale: float = 1.0) -> None:
     draw = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
-            if not parameter.is_floating_point():
+            if not parameter.is_floating_point() or not parameter.requires_grad:  # tables of sines, which are not saved
                 continue
             noise = torch.randn(parameter.shape, generator=draw)
             if parameter.ndim >= 2:

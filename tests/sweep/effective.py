@@ -51,15 +51,11 @@ def stands_for(module: Any) -> torch.Tensor:
 
 def _composed(point: torch.Tensor, depth: torch.Tensor, module: Any) -> torch.Tensor:
     """w[o, i] = sum over m of point[o, i m] depth[i m]; i counts the inputs of the group that o lies in."""
-    out, times = module.out_channels, module.weight_depth.shape[0] // module.in_channels
-    each = module.in_channels // module.groups
-    weight = torch.zeros(out, each, *depth.shape[2:], dtype=depth.dtype)
-    for o in range(out):
-        first = (o // (out // module.groups)) * each
-        for i in range(each):
-            for m in range(times):
-                weight[o, i] += point[o, i * times + m].flatten()[0] * depth[(first + i) * times + m, 0]
-    return weight
+    groups, times = module.groups, depth.shape[0] // module.in_channels
+    each = module.in_channels // groups
+    mixing = point.reshape(groups, module.out_channels // groups, each, times)
+    kernels = depth.reshape(groups, each, times, *depth.shape[2:])
+    return torch.einsum("goim,gim...->goi...", mixing, kernels).flatten(0, 1)
 
 
 def without_rounding(model: Any) -> Any:

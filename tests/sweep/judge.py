@@ -82,6 +82,8 @@ def judge(model: Any, inputs: dict[str, Any], edit: str, loader: Loader, plain: 
         verdict = f"refused: {line(error)}"
     except Wrong as error:
         verdict = f"wrong: {error}"
+        if "load" in verdict and not _loads_whole(model):
+            verdict = "not built: what transformers itself saves of the whole model does not load again as it was"
     except Exception as error:
         verdict = f"wrong: raised {type(error).__name__}: {line(error)}"
         if not isinstance(error, RuntimeError):
@@ -104,8 +106,14 @@ def _cut(model: Any, dense: Any, plan: hc.Plan, inputs: Any, loader: Loader, pla
     before = outputs_of(model, batch)
     if not all(torch.equal(a, b) for a, b in zip(before, outputs_of(model, batch), strict=True)):
         raise hc.CompressionError("(sweep) the forward gives something else each time")
-    with hc.mask_(model, plan):
-        masked = outputs_of(model, batch)
+    try:
+        with hc.mask_(model, plan):
+            masked = outputs_of(model, batch)
+    except hc.CompressionError:
+        raise
+    except Exception as error:  # layers between which widths change: then nothing may be cut either
+        details["mask"] = f"{type(error).__name__}: {line(error)}"
+        masked = []
     hand = by_hand(copy.deepcopy(dense), plan)
     try:
         hc.apply_(model, plan)
@@ -207,6 +215,17 @@ def _exits(model: Any, dense: Any, plan: hc.Plan, inputs: Any, loader: Loader, p
         module.register_forward_pre_hook(lambda m, a, k: hidden.append(a[0] if a else k["hidden_states"]), with_kwargs=True)
     outputs_of(model, batch)
     details["rows in each layer"] = [t.shape[0] if t.numel() else 0 for t in hidden]
+
+
+def _loads_whole(model: Any) -> bool:
+    """Whether the model, before anything was done to it, loads from what `save_pretrained` writes."""
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            model.save_pretrained(folder)
+            again = type(model).from_pretrained(folder).state_dict()
+        except Exception:
+            return False
+        return all(torch.equal(value, again[name]) for name, value in model.state_dict().items())
 
 
 def _vocabulary(
