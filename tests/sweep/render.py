@@ -31,7 +31,7 @@ def compact(rows: list[dict[str, Any]], old: Data | None = None) -> Data:
         entry = types.setdefault(row["type"], {"class": row.get("class"), "verdicts": {}})
         details, verdict = row.get("details", {}), row["verdict"]
         entry["class"] = row.get("class") or entry["class"]
-        entry["verdicts"][row["edit"]] = "unseen" if details.get("discover_missed") else verdict
+        entry["verdicts"][row["edit"]] = "unseen" if details.get("discover_missed") else verdict[:240]
         if row["edit"] in ("KeepHeads", "KeepNeurons"):
             unseen = {what: sorted(classes) for what, classes in details.get("unseen", {}).items()}
             entry.pop("unseen", None)
