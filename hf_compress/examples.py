@@ -171,8 +171,7 @@ class Asked:
         if features is None:
             return 0
         tensors = features if isinstance(features, tuple | list) else [features]
-        width = int(getattr(self.config.get_text_config(), "hidden_size", 0)) or tensors[0].shape[-1]
-        return sum(t.numel() for t in tensors if isinstance(t, torch.Tensor)) // width
+        return sum(t.numel() // t.shape[-1] for t in tensors if isinstance(t, torch.Tensor) and t.ndim)
 
     def _run(self, method: Any, given: Batch) -> Any:
         training = [m for m in self.model.modules() if m.training]

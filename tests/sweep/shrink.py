@@ -220,7 +220,9 @@ def _shrunk(data: dict[str, Any], variant: dict[str, Any], tokens: dict[str, int
     if isinstance(data.get("embed_dim"), int) and isinstance(
         data.get("depths"), list
     ):  # Swin: the width doubles in every stage
-        small.update(embed_dim=16, window_size=2, image_size=64, patch_size=4)
+        size: Any = [64, 64] if isinstance(data.get("image_size"), list) else 64
+        small.update(embed_dim=16, image_size=size)
+        small.update({k: v for k, v in (("window_size", 2), ("patch_size", 4)) if isinstance(data.get(k), int)})
         if data.get("hidden_size") == data["embed_dim"] * 2 ** (len(data["depths"]) - 1):
             small["hidden_size"] = 16 * 2 ** (len(data["depths"]) - 1)
     if isinstance(data.get("downsampling_ratios"), list) and "encoder_hidden_size" in data:  # codecs: doubled with every ratio
