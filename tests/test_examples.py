@@ -14,7 +14,7 @@ from tests.sweep.types import class_name
 
 def tiny(kind):
     torch.manual_seed(0)
-    return getattr(T, class_name(kind))(tiny_config(kind, {"head_dim": 16}, OVERRIDES.get(kind))).eval()
+    return getattr(T, class_name(kind) or "")(tiny_config(kind, {"head_dim": 16}, OVERRIDES.get(kind))).eval()
 
 
 def runs(model, batch):

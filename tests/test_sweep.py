@@ -4,7 +4,7 @@ import pytest
 
 from tests.sweep import render
 from tests.sweep.judge import judge_type
-from tests.sweep.load import NOT_COMPARED
+from tests.sweep.load import Loader
 from tests.sweep.render import kind_of
 
 # a layout each: fused and interleaved q/k/v, grouped heads, experts, shared bias, gated, convolutions, an encoder-decoder, two
@@ -27,21 +27,18 @@ SUBSET = {
 }
 
 
-class Other:
-    """The reading process of the other tests, as the sweep asks it."""
-
-    def __init__(self, reader):
-        self.reader = reader
-
-    def ask(self, kind, folder, inputs):
-        found = self.reader.outputs(kind, folder, inputs)
-        return [value for key, value in found.items() if key not in NOT_COMPARED and value.is_floating_point()]
+@pytest.fixture(scope="module")
+def other():
+    """A process that loads what this one saves."""
+    loader = Loader(runs=True)
+    yield loader
+    loader.close()
 
 
 @pytest.mark.parametrize("kind", SUBSET)
-def test_the_table_says_what_is_found(kind, fresh):
+def test_the_table_says_what_is_found(kind, other):
     noted = render.read()["types"][kind]["verdicts"]
-    for row in judge_type(kind, SUBSET[kind], Other(fresh), None):
+    for row in judge_type(kind, SUBSET[kind], other, None):
         found, edit = kind_of(row["verdict"]), row["edit"]
         assert found == kind_of(noted[edit]), (
             f"{kind}, {edit}: {row['verdict']}, and docs/families.json says {noted[edit]}. "

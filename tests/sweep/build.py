@@ -34,7 +34,7 @@ def build(kind: str, name: str | None = None, seed: int = 0) -> tuple[PreTrained
     name = name or class_name(kind)
     if kind in SKIPPED:
         raise NotBuilt(SKIPPED[kind])
-    cls = getattr(transformers, name, None)
+    cls = getattr(transformers, name or "", None)
     if cls is None:
         raise NotBuilt(f"transformers has no class {name}")
     first: Exception | None = None

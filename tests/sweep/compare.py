@@ -101,9 +101,8 @@ def by_hand(model: Any, plan: hc.Plan) -> Any:
                 return None
             transposed = isinstance(out, Conv1D)
             kept = set(edit.heads if isinstance(edit, hc.KeepHeads) else edit.neurons)
-            size = block.num_heads if isinstance(edit, hc.KeepHeads) else block.size
-            each = weight.shape[0 if transposed else 1] // size
-            for unit in set(range(size)) - kept:
+            each = weight.shape[0 if transposed else 1] // block.size
+            for unit in set(range(block.size)) - kept:
                 where = slice(unit * each, (unit + 1) * each)
                 weight[where if transposed else (slice(None), where)] = 0
     return model

@@ -206,7 +206,7 @@ def _exits(model: Any, dense: Any, plan: hc.Plan, inputs: Any, loader: Loader, p
     hc.set_exits_(model, threshold=0.0)
     _survives(model, outputs_of(model, batch), batch, loader, plain, details)
     hidden: list[torch.Tensor] = []
-    options = hc.exit_options(model)
+    options: Any = hc.exit_options(model)
     stack = next(
         s for s in hc.discover(dense).stacks.values() if s[0].path == options["stack"] or s[0].stack == options["stack"]
     )
@@ -215,6 +215,8 @@ def _exits(model: Any, dense: Any, plan: hc.Plan, inputs: Any, loader: Loader, p
         module.register_forward_pre_hook(lambda m, a, k: hidden.append(a[0] if a else k["hidden_states"]), with_kwargs=True)
     outputs_of(model, batch)
     details["rows in each layer"] = [t.shape[0] if t.numel() else 0 for t in hidden]
+    if any(details["rows in each layer"][1:]):
+        raise Wrong(f"rows that are all sure go on: {details['rows in each layer']}")
 
 
 def _loads_whole(model: Any) -> bool:

@@ -22,7 +22,7 @@ def heads(model: Any, draw: random.Random) -> list[Any]:
             most = max(2, a.num_key_value_heads - 1)  # of two, every other layer keeps both
             groups = sorted(draw.sample(range(a.num_key_value_heads), 1 + i % most))
             kept = [g * a.groups + j for g in groups for j in range(a.groups)]
-        chosen.append(hc.KeepHeads(a.name, kept))
+        chosen.append(hc.KeepHeads(a.name, tuple(kept)))
     return chosen
 
 
@@ -34,7 +34,7 @@ def neurons(model: Any, draw: random.Random) -> list[Any]:
             count = draw.randint(max(1, f.size // 4), f.size - 2)
             if not hasattr(model.get_submodule(f.out), "weight"):  # experts in one tensor: their kernels take whole eights
                 count = max(8, count // 8 * 8)
-            chosen.append(hc.KeepNeurons(f.name, sorted(draw.sample(range(f.size), count))))
+            chosen.append(hc.KeepNeurons(f.name, tuple(draw.sample(range(f.size), count))))
     return chosen
 
 
@@ -44,7 +44,7 @@ def layers(model: Any, draw: random.Random) -> list[Any]:
     for name, stack in hc.discover(model).stacks.items():
         if len(stack) > 1:
             gone = draw.randrange(1, len(stack))
-            chosen.append(hc.KeepLayers([i for i in range(len(stack)) if i != gone], name))
+            chosen.append(hc.KeepLayers(tuple(i for i in range(len(stack)) if i != gone), name))
     return chosen
 
 
@@ -103,7 +103,7 @@ def four_bit(model: Any, draw: random.Random) -> Any:
 
 
 def exits(model: Any, draw: random.Random) -> list[Any]:
-    return [hc.AddExits([0])]
+    return [hc.AddExits((0,))]
 
 
 CLASSIFIERS = ("SEQUENCE_CLASSIFICATION", "IMAGE_CLASSIFICATION", "AUDIO_CLASSIFICATION", "VIDEO_CLASSIFICATION")

@@ -153,7 +153,7 @@ def tiny_config(kind: str, variant: dict[str, Any] | None = None, override: dict
 
 
 def default_dict(kind: str) -> dict[str, Any]:
-    cls = CONFIG_MAPPING[kind]
+    cls: Any = CONFIG_MAPPING[kind]
     try:
         return cls().to_dict()
     except Exception:
