@@ -45,6 +45,9 @@ def others(asked: Any) -> Iterator[Batch]:
                 1, int(asked.size("text_encoder_vocab_size", 90)), rows, int(asked.size("task_seq_len", 77))
             )
         }
+    if "protein_input_ids" in names:  # Evolla
+        chain = asked.words(rows, 8, asked.size("vocab_size", None, "protein"))
+        yield {"protein_input_ids": chain, "protein_attention_mask": torch.ones_like(chain)}
     if "images_per_sample" in names:
         yield {"images_per_sample": torch.ones(rows, dtype=torch.long)}
     if asked.main == "inputs" and "input_values" not in names and "inputs" in asked.required:  # Perceiver

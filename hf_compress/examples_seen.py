@@ -48,7 +48,7 @@ def seen(asked: Any) -> Iterator[Batch]:
             }  # fmt: skip
     if "target_sizes" in names:
         yield {
-            "pixel_values": asked.normal(rows, channels, patch, 16 * patch),
+            "pixel_values": asked.normal(1, channels, patch, rows * 16 * patch),
             "target_sizes": torch.tensor([[4, 4]] * rows, dtype=torch.int32),
         }
     if "pixel_position_ids" in names or "image_position_ids" in names:

@@ -82,7 +82,7 @@ def judge(model: Any, inputs: dict[str, Any], edit: str, loader: Loader, plain: 
         verdict = f"refused: {line(error)}"
     except Wrong as error:
         verdict = f"wrong: {error}"
-        if "load" in verdict and not _loads_whole(model):
+        if "load" in verdict and not _loads_whole(model, inputs):
             verdict = "not built: what transformers itself saves of the whole model does not load again as it was"
     except Exception as error:
         verdict = f"wrong: raised {type(error).__name__}: {line(error)}"
@@ -219,15 +219,15 @@ def _exits(model: Any, dense: Any, plan: hc.Plan, inputs: Any, loader: Loader, p
         raise Wrong(f"rows that are all sure go on: {details['rows in each layer']}")
 
 
-def _loads_whole(model: Any) -> bool:
+def _loads_whole(model: Any, inputs: dict[str, Any]) -> bool:
     """Whether the model, before anything was done to it, loads from what `save_pretrained` writes."""
     with tempfile.TemporaryDirectory() as folder:
         try:
             model.save_pretrained(folder)
-            again = type(model).from_pretrained(folder).state_dict()
+            again = type(model).from_pretrained(folder).eval()
         except Exception:
             return False
-        return all(torch.equal(value, again[name]) for name, value in model.state_dict().items())
+        return same_bits(outputs_of(again, inputs), outputs_of(model, inputs))
 
 
 def _vocabulary(
