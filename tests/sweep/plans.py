@@ -69,7 +69,7 @@ def experts(model: Any, draw: random.Random) -> list[Any]:
     """Some experts of every mixture, no fewer than a token goes through."""
     chosen = []
     for i, m in enumerate(hc.discover(model).experts):  # type: ignore[attr-defined]
-        least = max(m.top_k, m.num_experts - 1 - i % 2)
+        least = max(m.top_k or 1, m.num_experts - 1 - i % 2)
         if least < m.num_experts:
             chosen.append(hc.KeepExperts(m.name, sorted(draw.sample(range(m.num_experts), least))))  # type: ignore[attr-defined]
     return chosen

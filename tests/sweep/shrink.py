@@ -201,6 +201,8 @@ def _shrunk(data: dict[str, Any], variant: dict[str, Any], tokens: dict[str, int
             small[key] = _list(key, list(value), data, chosen, variant, tokens)
         elif value is None and key in NONE:
             small[key] = variant.get({"head_dim": "head_dim", "num_key_value_heads": "kv"}.get(key, ""), NONE[key])
+        elif key.endswith("layerdrop"):  # a layer that is left out by chance would seem not to train
+            small[key] = 0.0
         elif isinstance(value, bool) or value is None or isinstance(value, str | float):
             small[key] = value
         elif isinstance(value, int):
