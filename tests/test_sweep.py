@@ -24,6 +24,7 @@ SUBSET = {
     "clip": ["all three"],
     "llava": ["KeepHeads"],
     "bitnet": ["KeepHeads"],
+    "gpt_oss": ["AddExits"],
 }
 
 
