@@ -37,8 +37,8 @@ benchmark-%: $(VENV)/.installed  ## distillation, quantization, kernels, exits, 
 overhead: $(VENV)/.installed  ## what masks, planning and loading cost
 	HF_HUB_OFFLINE=1 $(VENV)/bin/python scripts/benchmark_overhead.py $(ARGS)
 
-families: $(VENV)/.installed  ## the families x edits table
-	HF_HUB_OFFLINE=1 $(VENV)/bin/python scripts/families.py $(ARGS)
+families: $(VENV)/.installed  ## every model type x every edit: docs/families.md
+	HF_HUB_OFFLINE=1 $(VENV)/bin/python -m tests.sweep $(ARGS)
 
 clean:
 	rm -rf $(VENV) $(VENV)-lowest build dist *.egg-info runs

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import AutoModel, PreTrainedModel
 
 from .edits import CompressionError
+from .examples import candidates
 
 # never compared: their shape follows the heads (the experts), or they are only there for the next call
 NOT_COMPARED = (
@@ -60,70 +61,42 @@ def longest_text(config: Any) -> int:
 
 
 def example_inputs(model: nn.Module, rows: int = 2, length: int = 12) -> dict[str, torch.Tensor]:
-    """Random inputs from a fixed seed, made from the signature of `forward` and the sizes in the config.
+    """Random inputs from a fixed seed that a model runs on, made from the signature of `forward` and the sizes in the config.
 
-    Token ids are drawn from the vocabulary (without the special tokens that some models read), pixels, waveforms and
-    spectrograms from a normal distribution, at the smallest size that the config allows.
+    Of the batches that `examples.candidates` makes, the first that the model runs on. Text alone is not tried, nor is
+    anything on a model without weights: there the likeliest is taken.
 
     Raises:
         NoInputs: the model takes something that this function does not know; pass inputs of your own.
+
+    Example:
+
+    ```python
+    >>> from transformers import ViTConfig, ViTModel
+    >>> from hf_compress.probe import example_inputs
+    >>> model = ViTModel(ViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, image_size=32, patch_size=16))
+    >>> {name: tuple(value.shape) for name, value in example_inputs(model).items()}
+    {'pixel_values': (2, 3, 32, 32)}
+
+    ```
     """
-    config = getattr(model, "config", None)
-    names = inspect.signature(model.forward).parameters
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    draw = torch.Generator().manual_seed(0)
-    inputs: dict[str, torch.Tensor] = {}
-
-    def sub(name: str, default: Any = None) -> Any:
-        """A value of the config, or of the part of it that describes images, sound or text."""
-        for part in (config, *(getattr(config, key, None) for key in ("vision_config", "audio_config", "text_config"))):
-            if getattr(part, name, None) is not None:
-                return getattr(part, name)
-        return default
-
-    main = getattr(model, "main_input_name", "input_ids")
-    if "input_ids" in names and (main == "input_ids" or "pixel_values" in names):
-        vocabulary = _vocabulary(model)
-        length = min(length, int(sub("max_position_embeddings", length + 4)) - 4) if length > 4 else length
-        inputs["input_ids"] = torch.randint(min(4, vocabulary - 1), vocabulary, (rows, max(length, 2)), generator=draw)
-    if "pixel_values" in names and (main == "pixel_values" or "input_ids" in inputs):
-        size = sub("image_size", 64)
-        size = (size, size) if isinstance(size, int) else tuple(size)
-        rows_of_pixels = rows if size[0] * size[1] <= 64 * 64 or "input_ids" in inputs else 1
-        inputs["pixel_values"] = torch.randn(rows_of_pixels, int(sub("num_channels", 3)), *size, generator=draw)
-    if main == "input_values":
-        bins = sub("num_mel_bins")
-        shape = (rows, sub("max_length"), bins) if bins and sub("max_length") else (rows, 4000)
-        inputs["input_values"] = torch.randn(*shape, generator=draw)
-    if main == "input_features":
-        if sub("input_feat_per_channel"):  # Speech2Text: frames first
-            shape = (rows, 64, int(sub("input_feat_per_channel")))
-        else:
-            shape = (1, int(sub("num_mel_bins", 80)), 2 * sub("max_source_positions", 50))
-        inputs["input_features"] = torch.randn(*shape, generator=draw)
-    if "decoder_input_ids" in names and getattr(config, "is_encoder_decoder", False):
-        some = next(iter(inputs.values()), None)
-        count = rows if some is None else some.shape[0]
-        vocabulary = _vocabulary(model)
-        inputs["decoder_input_ids"] = torch.randint(min(4, vocabulary - 1), vocabulary, (count, 6), generator=draw)
-    if not inputs:
+    likeliest = None
+    for batch in candidates(model, rows, length):
+        likeliest = likeliest or batch
+        if batch.keys() <= {"input_ids", "decoder_input_ids"} or any(p.is_meta for p in model.parameters()):
+            return likeliest
+        try:
+            with quiet_run(model) as run:
+                run(batch)
+        except Exception:  # a model may refuse an input in any way; who runs it on the likeliest sees how
+            continue
+        return batch
+    if likeliest is None:
         raise NoInputs(
-            f"No example inputs for {type(model).__name__}, whose main input is {main!r}; "
-            "pass inputs=... (a small batch, as for model(**inputs))."
+            f"No example inputs for {type(model).__name__}, whose main input is "
+            f"{getattr(model, 'main_input_name', 'input_ids')!r}; pass inputs=... (a small batch, as for model(**inputs))."
         )
-    return {name: value.to(device, dtype if value.is_floating_point() else value.dtype) for name, value in inputs.items()}
-
-
-def _vocabulary(model: nn.Module) -> int:
-    try:
-        embeddings = model.get_input_embeddings()  # type: ignore[operator]
-    except (AttributeError, NotImplementedError):  # models of several parts have several
-        embeddings = None
-    if isinstance(embeddings, nn.Embedding):
-        return embeddings.num_embeddings
-    text = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config  # type: ignore
-    return int(getattr(text, "vocab_size", 2))  # type: ignore[arg-type]
+    return likeliest
 
 
 @contextmanager

@@ -219,8 +219,8 @@ def resolve_exits(
 
 def _hidden_size(model: nn.Module, layer: Layer) -> int:
     structure = discover(model)
-    outs = [b.out for b in (*structure.attentions, *structure.ffns) if b.out.startswith(f"{layer.name}.")]
-    return width(model.get_submodule(outs[-1]), 0)
+    outs = [model.get_submodule(b.out) for b in (*structure.attentions, *structure.ffns) if b.out.startswith(f"{layer.name}.")]
+    return width(next(out for out in reversed(outs) if "weight" in out._parameters), 0)  # experts hold theirs in another way
 
 
 def _run_once(

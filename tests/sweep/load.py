@@ -1,0 +1,93 @@
+"""A process that loads what another one saved and runs it: forked before the model to be saved exists."""
+
+from __future__ import annotations
+
+import multiprocessing
+from typing import Any
+
+import torch
+
+FORK = multiprocessing.get_context("fork")
+NOT_COMPARED = ("attentions", "past_key_values", "loss", "cross_attentions", "hidden_states")
+
+
+class Died(RuntimeError):
+    """The reading process is no more, or did not answer in time."""
+
+
+class Loader:
+    """The process; one that dies is started again at the next question.
+
+    One that is made before hf_compress is imported knows nothing of it (`runs=False`: it only loads).
+    """
+
+    def __init__(self, runs: bool, seconds: float = 60) -> None:
+        self.runs, self.seconds = runs, seconds
+        self._start()
+
+    def _start(self) -> None:
+        self.pipe, other = FORK.Pipe()
+        self.process = FORK.Process(target=serve, args=(other, self.runs), daemon=True)
+        self.process.start()
+        other.close()
+
+    def ask(self, kind: str, folder: str, inputs: dict[str, Any]) -> list[torch.Tensor]:
+        """The outputs of `kind.from_pretrained(folder)(**inputs)` there; RuntimeError with its message if it fails."""
+        if not self.process.is_alive():
+            if not self.runs:
+                raise Died("the process without the plugin died before")
+            self._start()
+        torch.save(inputs, f"{folder}.inputs")
+        self.pipe.send((kind, folder))
+        try:
+            if not self.pipe.poll(self.seconds):
+                raise Died("no answer in time")
+            answer = self.pipe.recv()
+        except (EOFError, ConnectionResetError):
+            raise Died("it died") from None
+        except Died:
+            self.close()
+            raise
+        if answer is not None:
+            raise RuntimeError(answer)
+        return torch.load(f"{folder}.outputs", weights_only=True)
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.join(5)
+
+
+def outputs_of(model: Any, inputs: dict[str, Any]) -> list[torch.Tensor]:
+    """Every floating-point tensor that a model gives, in order, caches and attention maps left out."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        return flat(model(**inputs))
+
+
+def flat(value: Any) -> list[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        return [value.detach()] if value.is_floating_point() else []
+    if hasattr(value, "items"):
+        return [t for key, v in value.items() if key not in NOT_COMPARED for t in flat(v)]
+    if isinstance(value, tuple | list):
+        return [t for v in value for t in flat(v)]
+    return []
+
+
+def serve(pipe: Any, runs: bool) -> None:
+    import transformers
+
+    torch.set_num_threads(1)
+    while True:
+        try:
+            kind, folder = pipe.recv()
+        except EOFError:
+            return
+        try:
+            inputs = torch.load(f"{folder}.inputs", weights_only=True)
+            model = getattr(transformers, kind).from_pretrained(folder)
+            torch.save(outputs_of(model.eval(), inputs) if runs else [], f"{folder}.outputs")
+            answer = None
+        except Exception as error:
+            answer = f"{type(error).__name__}: {error}"
+        pipe.send(answer)
