@@ -46,6 +46,7 @@ from .quantization.callback import QuantizationCallback
 from .quantization.to_float import dequantize_
 from .recipe import RecipeError, run_recipe
 from .report import Report
+from .streaming import apply_to_folder
 from .surgery import apply_, mask_
 from .trainer import CompressionTrainer
 
@@ -74,6 +75,7 @@ __all__ = [
     "Seq2SeqDistillationArguments",
     "Structure",
     "apply_",
+    "apply_to_folder",
     "dequantize_",
     "detach_exits_",
     "discover",

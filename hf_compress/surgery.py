@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from itertools import groupby
 from typing import Any
@@ -118,6 +119,16 @@ def apply_(model: nn.Module, plan: Plan, *, inputs: Mapping[str, Any] | None = N
 
     ```
     """
+    return change_(model, plan, inputs)
+
+
+def change_(
+    model: nn.Module,
+    plan: Plan,
+    inputs: Mapping[str, Any] | None = None,
+    within: Callable[[], AbstractContextManager[Any]] = nullcontext,
+) -> nn.Module:
+    """`apply_`, with what makes the new weights running in a context: `streaming` has them written to files there."""
     outer, model = model, _unwrapped(model)
     if any(p.is_meta for p in model.parameters()):
         raise CompressionError("The model is on the meta device and has no weights to change; load it first.")
@@ -127,13 +138,14 @@ def apply_(model: nn.Module, plan: Plan, *, inputs: Mapping[str, Any] | None = N
     try:
         for step in steps:
             if isinstance(step.edits[0], Substitution):
-                _substitute(model, step, inputs, undo)
+                with within():
+                    _substitute(model, step, inputs, undo)
             elif isinstance(step.edits[0], AddExits):
                 _add_exits(model, step, inputs, undo)
             elif isinstance(step.edits[0], KeepExperts):
                 _experts(model, step, inputs, undo)
             else:
-                _cut(model, step, inputs, undo)
+                _cut(model, step, inputs, undo, within)
     except BaseException:
         while undo:
             undo.pop()()
@@ -203,7 +215,13 @@ def _add_exits(model: nn.Module, plan: Plan, inputs: Mapping[str, Any] | None, u
     stamp_(owner, name, Plan([edit]), {}, {}, {}, undo, exits=options)
 
 
-def _cut(model: nn.Module, plan: Plan, inputs: Mapping[str, Any] | None, undo: Undo) -> None:
+def _cut(
+    model: nn.Module,
+    plan: Plan,
+    inputs: Mapping[str, Any] | None,
+    undo: Undo,
+    within: Callable[[], AbstractContextManager[Any]],
+) -> None:
     resolved = resolve(model, plan)
     cuts, removed = resolved.cuts, resolved.removed
     if not cuts and not removed:
@@ -220,7 +238,7 @@ def _cut(model: nn.Module, plan: Plan, inputs: Mapping[str, Any] | None, undo: U
     owners = [(n, o) for n, o in owners_in(model) if not n or any(t.startswith(f"{n}.") for t in touched)]
     numbers = {name: config_numbers(owner) for name, owner in owners}
     proved = _prove_all(model, resolved, inputs)
-    with torch.inference_mode(False), torch.no_grad():
+    with torch.inference_mode(False), torch.no_grad(), within():
         record: dict[str, Any] = {}
         for cut in cuts:
             for name, entry in cut_(model.get_submodule, cut, proved[cut.block.name], undo).items():
