@@ -62,6 +62,7 @@ class Pages:
     def __init__(self, scratch: str | os.PathLike, small: int = SMALL) -> None:
         self.scratch, self.small = os.fspath(scratch), small
         self._maps: weakref.WeakSet[mmap.mmap] = weakref.WeakSet()
+        self._places: set[int] = set()
         self._read = 0
 
     @property
@@ -101,7 +102,12 @@ class Pages:
             at = 8 + length + first
             tensor = torch.frombuffer(area, dtype=dtype, count=math.prod(shape), offset=at).view(shape)
             found[name] = tensor.clone() if last - first < self.small or at % dtype.itemsize else tensor
+            self._places.add(found[name].data_ptr())
         return found
+
+    def is_read(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor lies where `read` put one, and not in a file of its own."""
+        return tensor.data_ptr() in self._places
 
     def store(self, tensor: torch.Tensor) -> torch.Tensor:
         """The same values in a file of their own, which goes when the tensor does."""
@@ -169,15 +175,14 @@ class _Spooled(TorchDispatchMode):
         made = func(*args, **(kwargs or {}))
         if func.is_view or func._schema.is_mutable:
             return made
-        given = {t.untyped_storage().data_ptr() for t in _tensors((args, kwargs or {})) if t.device.type == "cpu"}
+        given = {t.untyped_storage().data_ptr() for t in _tensors((args, kwargs or {})) if _is_plain(t)}
 
         def keep(value: Any) -> Any:
             if isinstance(value, tuple | list):
                 return type(value)(keep(v) for v in value)
             if (
                 type(value) is not torch.Tensor
-                or value.device.type != "cpu"
-                or value.layout != torch.strided
+                or not _is_plain(value)
                 or value.nbytes < max(self.pages.small, 1)
                 or not value.is_contiguous()
                 or value.untyped_storage().data_ptr() in given
@@ -188,6 +193,11 @@ class _Spooled(TorchDispatchMode):
             return stored
 
         return keep(made)
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is numbers in this computer's memory, and not packed by a library."""
+    return tensor.device.type == "cpu" and tensor.layout == torch.strided
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:

@@ -98,7 +98,7 @@ def apply_to_folder(
             check_foreign(model)
             with pages.releasing(model):
                 change_(model, plan, inputs, pages.spooled)
-            _check_unchanged(model)
+            _check_unchanged(model, pages)
             pages.release()
             with torch.no_grad(), pages.spooled():
                 model.save_pretrained(stage, max_shard_size=max_shard_size)
@@ -203,10 +203,10 @@ def _one_thread() -> Iterator[None]:
             os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = before
 
 
-def _check_unchanged(model: nn.Module) -> None:
+def _check_unchanged(model: nn.Module, pages: Pages) -> None:
     """What a model writes into its own weights while it runs would be lost when their pages are let go."""
     for name, parameter in model.named_parameters():
-        if parameter._version:
+        if parameter._version and pages.is_read(parameter):
             raise CompressionError(
                 f"{type(model).__name__} changes its weight {name} when it runs, so it cannot be cut on disk: load it and use apply_."
             )
