@@ -20,6 +20,7 @@ from .coupling import ARGUMENT, SHARED, coupled
 from .cutting import INDEX, Block, Cut, Variant, cut_, unit_columns, variants
 from .discover import Attention, Part
 from .edits import CompressionError
+from .memory import give_back
 from .modules import gate_, ungate_
 from .probe import difference, map_tensors, tensors_in, tolerance
 from .refusals import check_part, check_sharing
@@ -75,6 +76,7 @@ def prove(model: nn.Module, cuts: list[Cut], run: Callable[[], list[Any]], maske
         for cut in group:
             if cut.block.name not in proved:
                 proved[cut.block.name] = _prove_structure(modules, scope, group, cut, args, kwargs, known)
+                give_back()
         args, kwargs = _Fresh(args)(), _Fresh(kwargs)()
         double = _copy(module)
         for cut in group:
@@ -170,6 +172,7 @@ def _randomize(module: nn.Module, seed: int = 0) -> None:
                 spread = tensor.std().nan_to_num().item() if tensor.numel() > 1 else 0.0
                 noise = torch.randn(tensor.shape, generator=draw).to(tensor.device, tensor.dtype)
                 tensor.copy_(noise.mul_(max(spread, 0.02)).add_(tensor.mean()))  # in place: these are as large as the block
+                del noise
         for part in module.modules():
             if (
                 isinstance(part, nn.modules.batchnorm._BatchNorm)
@@ -178,6 +181,7 @@ def _randomize(module: nn.Module, seed: int = 0) -> None:
             ):
                 part.running_mean.copy_(torch.randn(part.running_mean.shape, generator=draw))
                 part.running_var.copy_(0.5 + torch.rand(part.running_var.shape, generator=draw))
+    give_back()
 
 
 def _prove_structure(
