@@ -1,4 +1,4 @@
-"""Slices of weights that are put off to the end of a change, and then made one after the other, each in the place of its whole."""
+"""Slices of weights that wait for the end of a change, and are then made one by one, each in the place of its whole."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ def sliced(tensor: torch.Tensor, rows: torch.Tensor, dim: int) -> torch.Tensor:
 class Later(list[Callable[[], None]]):
     """The functions that take changes back (an `Undo`), and the slices of weights that are still to be made.
 
-    A weight that is to be sliced is a shape on the meta device at first. What can refuse a change asks for shapes alone; so when
-    all of it is planned and nothing can refuse any more, `make` slices tensor by tensor and lets each whole one go: the memory
-    that a change needs is that of one tensor, and not of all that stay.
+    A weight that is to be sliced is a shape on the meta device at first. What can refuse a change asks for shapes alone; so
+    when all of it is planned and nothing can refuse any more, `make` slices tensor by tensor and lets each whole one go: the
+    memory that a change needs is that of one tensor, and not of all that stay.
 
     Example:
 

@@ -40,7 +40,8 @@ def prove(model: nn.Module, cuts: list[Cut], run: Callable[[], list[Any]], maske
        masked one, so that what a block hands to later ones (a shared position bias, keys and values) is proved too;
        at the end the model's outputs must agree.
 
-    Memory: the model, and one copy of one block in float32 with one of its tensors once more. Where the inputs come from is `apply_`'s affair.
+    Memory: the model, and one copy of one block in float32 with one of its tensors once more. Where the inputs come from is
+    `apply_`'s affair.
 
     Args:
         model: the model, dense where it will be cut.

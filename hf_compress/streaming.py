@@ -25,8 +25,8 @@ from .surgery import change_
 INDEX = "model.safetensors.index.json"
 # what belongs to a model and is neither weights nor config: tokenizers, processors, the modules of a SentenceTransformer
 BESIDE = (
-    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model", "spiece*", "chat_template*",
-    "*processor_config.json", "additional_chat_templates/*", "modules.json", "config_sentence_transformers.json",
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model", "spiece*",
+    "chat_template*", "*processor_config.json", "additional_chat_templates/*", "modules.json", "config_sentence_transformers.json",
     "sentence_*_config.json", "[0-9]_*/*",
 )  # fmt: skip
 
@@ -83,7 +83,7 @@ def apply_to_folder(
         raise CompressionError(f"Expected a Plan, got {type(plan).__name__}. Plan([KeepHeads(...), ...]) makes one.")
     if any(isinstance(edit, AddExits) for edit in plan):
         raise CompressionError(
-            "Exits are drawn at random and then trained, so they are no work for a folder: load the model, apply_ the exits, train."
+            "Exits are drawn at random and then trained, so a folder is not enough: load the model, apply_ the exits, train."
         )
     if target.resolve() == source.resolve() or source.resolve() in target.resolve().parents:
         raise CompressionError(
@@ -136,8 +136,8 @@ def _weight_files(folder: Path) -> list[Path]:
     if not files or (missing and not index.is_file()):
         found = sorted(p.name for p in folder.glob("*") if p.suffix in (".bin", ".h5", ".msgpack", ".gguf", ".safetensors"))
         raise CompressionError(
-            f"There is no model.safetensors in {folder} ({', '.join(found[:3]) or 'no weights at all'}). Name the folder of a model "
-            "that save_pretrained wrote; from other formats, load it and save it once."
+            f"There is no model.safetensors in {folder} ({', '.join(found[:3]) or 'no weights at all'}). Name the folder of a "
+            "model that save_pretrained wrote; from other formats, load it and save it once."
         )
     if missing:
         raise CompressionError(f"{folder} lacks {len(missing)} of {len(files)} files ({missing[0]}); download it again.")
@@ -158,8 +158,8 @@ def _class(config: Any, folder: Path) -> type[PreTrainedModel]:
     found = getattr(transformers, names[0], None) if len(names) == 1 else None
     if not (isinstance(found, type) and issubclass(found, PreTrainedModel)):
         raise CompressionError(
-            f"The config in {folder} names {shown(names)} as what saved it, and transformers has no such class. Load it with its "
-            "own code, and use apply_."
+            f"The config in {folder} names {shown(names)} as what saved it, and transformers has no such class. Load it with "
+            "its own code, and use apply_."
         )
     return found
 
@@ -176,8 +176,8 @@ def _open(kind: type[PreTrainedModel], config: Any, folder: Path, files: list[Pa
         found = sorted(str(key[0] if isinstance(key, tuple) else key) for key in info[what])
         if found:
             raise CompressionError(
-                f"The weights in {folder} lack {found[0]} (of {len(found)}) of {kind.__name__}, or have another shape there, and "
-                "nothing can make them up: it was damaged, or saved from another class. Download or save it again."
+                f"The weights in {folder} lack {found[0]} (of {len(found)}) of {kind.__name__}, or have another shape there, "
+                "and nothing can make them up: it was damaged, or saved from another class. Download or save it again."
             )
     model.config.name_or_path = os.fspath(folder)
     if model.can_generate():
@@ -210,7 +210,7 @@ def _check_unchanged(model: nn.Module, pages: Pages) -> None:
     for name, parameter in model.named_parameters():
         if parameter._version and pages.is_read(parameter):
             raise CompressionError(
-                f"{type(model).__name__} changes its weight {name} when it runs, so it cannot be cut on disk: load it and use apply_."
+                f"{type(model).__name__} changes its weight {name} when it runs, so it cannot be cut on disk: load it, use apply_."
             )
 
 

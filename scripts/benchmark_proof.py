@@ -111,15 +111,15 @@ def run_case(case: str, threads: int, minilm: str | None, folder: str | None) ->
         assert folder is not None
         with tempfile.TemporaryDirectory(dir=Path(folder).parent) as out:
             reset_peak()
-            start = time.perf_counter()
+            start, cpu = time.perf_counter(), time.process_time()
             hc.apply_to_folder(folder, plan, out)
-            seconds = time.perf_counter() - start
+            seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
     else:
         model = build(case, minilm)
         reset_peak()
-        start = time.perf_counter()
+        start, cpu = time.perf_counter(), time.process_time()
         hc.apply_(model, plan)
-        seconds = time.perf_counter() - start
+        seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
     peak = resident("VmHWM") - before
     return {
         "case": case,
@@ -127,6 +127,7 @@ def run_case(case: str, threads: int, minilm: str | None, folder: str | None) ->
         "threads": threads,
         "parameters": count,
         "seconds": round(seconds, 2),
+        "cpu_seconds": round(cpu, 2),  # less than the seconds where others used the machine
         "model_mib": round(size / MIB, 1),
         "layer_mib": round(layer / MIB, 1),
         "peak_mib": round(peak / MIB, 1),

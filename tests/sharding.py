@@ -8,7 +8,6 @@ import sys
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch
-import transformers as T
 from torch.distributed.tensor import DTensor
 
 import hf_compress as hc

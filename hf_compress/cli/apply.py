@@ -18,8 +18,8 @@ examples:
   hf-compress apply models/llama plans/half runs/llama-half
   hf-compress apply models/llama plans/half/compression_plan.json runs/llama-half --max-shard-size 500MB
 
-PLAN is what Plan.save wrote. What OUT then holds is, to the bit, what apply_ and save_pretrained would write. Memory: some copies
-of one layer, or one shard, whichever is more. OUT's disk holds what is made anew a second time while it is written.
+PLAN is what Plan.save wrote. What OUT then holds is, to the bit, what apply_ and save_pretrained would write. Memory: a copy of
+one layer in float32, or one shard, whichever is more. OUT's disk holds what is made anew a second time while it is written.
 """
 
 
