@@ -24,8 +24,8 @@ def check_foreign(model: nn.Module) -> None:
     if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
         raise CompressionError(
             f"The weights of this {type(model).__name__} are sharded over processes (FSDP2, tensor parallel), and rows of a "
-            "shard are not rows of the weight. Cut it first, in one process: apply_, or apply_to_folder where it does not fit into "
-            "memory. What that writes loads sharded as any checkpoint does: from_pretrained(..., distributed_config=...)."
+            "shard are not rows of the weight. Cut it first, in one process: apply_, or apply_to_folder where it does not fit "
+            "into memory. What that writes loads sharded as any checkpoint does: from_pretrained(..., distributed_config=...)."
         )
     for _, owner in owners_in(model):
         compression_of(owner.config)

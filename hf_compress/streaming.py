@@ -26,8 +26,8 @@ INDEX = "model.safetensors.index.json"
 # what belongs to a model and is neither weights nor config: tokenizers, processors, the modules of a SentenceTransformer
 BESIDE = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model", "spiece*",
-    "chat_template*", "*processor_config.json", "additional_chat_templates/*", "modules.json", "config_sentence_transformers.json",
-    "sentence_*_config.json", "[0-9]_*/*",
+    "chat_template*", "*processor_config.json", "additional_chat_templates/*", "modules.json",
+    "config_sentence_transformers.json", "sentence_*_config.json", "[0-9]_*/*",
 )  # fmt: skip
 
 
@@ -210,7 +210,7 @@ def _check_unchanged(model: nn.Module, pages: Pages) -> None:
     for name, parameter in model.named_parameters():
         if parameter._version and pages.is_read(parameter):
             raise CompressionError(
-                f"{type(model).__name__} changes its weight {name} when it runs, so it cannot be cut on disk: load it, use apply_."
+                f"{type(model).__name__} changes its weight {name} when it runs, and cannot be cut on disk: load it, use apply_."
             )
 
 
