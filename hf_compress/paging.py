@@ -19,6 +19,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .edits import CompressionError
+from .memory import give_back
 
 # as safetensors writes them
 DTYPES = {
@@ -134,6 +135,7 @@ class Pages:
         for area in list(self._maps):
             if hasattr(area, "madvise"):
                 area.madvise(mmap.MADV_DONTNEED)
+        give_back()
 
     @contextmanager
     def releasing(self, model: nn.Module) -> Iterator[None]:

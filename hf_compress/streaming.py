@@ -210,7 +210,7 @@ def _check_unchanged(model: nn.Module, pages: Pages) -> None:
     for name, parameter in model.named_parameters():
         if parameter._version and pages.is_read(parameter):
             raise CompressionError(
-                f"{type(model).__name__} changes its weight {name} when it runs, and cannot be cut on disk: load it, use apply_."
+                f"{type(model).__name__} changes its weight {name} when it runs, and cannot be cut on disk: load it, apply_."
             )
 
 
