@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, GenerationConfig, PreTrainedModel
+from transformers import AutoConfig, GenerationConfig, PreTrainedModel, modeling_utils
 
 from .edits import AddExits, CompressionError, shown
 from .files import staged
@@ -102,7 +102,7 @@ def apply_to_folder(
                 change_(model, plan, inputs, pages.spooled)
             _check_unchanged(model, pages)
             pages.release()
-            with torch.no_grad(), pages.spooled():
+            with torch.no_grad(), pages.spooled(), _one_shard(pages):
                 model.save_pretrained(stage, max_shard_size=max_shard_size)
             _copy_beside(source, stage)
     except BaseException:
@@ -203,6 +203,25 @@ def _one_thread() -> Iterator[None]:
             del os.environ["HF_DEACTIVATE_ASYNC_LOAD"]
         else:
             os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = before
+
+
+@contextmanager
+def _one_shard(pages: Pages) -> Iterator[None]:
+    """Let go of what was read for a shard when transformers has written it."""
+    write = getattr(modeling_utils, "safe_save_file", None)
+    if write is None:  # only more memory
+        yield
+        return
+
+    def written(*args: Any, **kwargs: Any) -> None:
+        write(*args, **kwargs)
+        pages.release()
+
+    modeling_utils.safe_save_file = written  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        modeling_utils.safe_save_file = write  # type: ignore[attr-defined]
 
 
 def _check_unchanged(model: nn.Module, pages: Pages) -> None:
