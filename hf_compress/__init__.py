@@ -49,6 +49,7 @@ from .quantization.callback import QuantizationCallback
 from .quantization.to_float import dequantize_
 from .recipe import RecipeError, run_recipe
 from .report import Report
+from .streaming import apply_to_folder
 from .surgery import apply_, mask_
 from .tokenizer import cut_tokenizer
 from .trainer import CompressionTrainer
@@ -82,6 +83,7 @@ __all__ = [
     "Seq2SeqDistillationArguments",
     "Structure",
     "apply_",
+    "apply_to_folder",
     "channel_groups",
     "cut_tokenizer",
     "dequantize_",

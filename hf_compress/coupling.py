@@ -11,6 +11,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from .edits import CompressionError
+from .memory import give_back
 from .probe import tensors_in
 
 SHARED, DEAD = -1, -2  # owners of rows that several units use, or that no gradient reached
@@ -133,6 +134,7 @@ def _one_draw(
             for value in (0, 1):
                 gate.copy_(((units >> bit) & 1) != value)
                 seen.clear()
+                give_back()
                 outputs = tensors_in(run())[:1]
                 draw = torch.Generator().manual_seed(1)
                 for _, tensor in outputs:

@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .candidates import join
 from .discover import Attention, FeedForward, Part, owners
+from .later import Later, sliced
 from .modules import (
     GATED,
     ConfigView,
@@ -307,7 +308,8 @@ def _ungate(module: nn.Module, block: Block, undo: Undo) -> None:
 def _keep(module: nn.Module, name: str, rows: torch.Tensor, dim: int, entry: dict, undo: Undo) -> None:
     old = module._parameters[name]
     assert old is not None
-    kept = old.detach().index_select(dim, rows.to(old.device)).contiguous()
+    waits = isinstance(undo, Later) and undo.waits
+    kept = undo.put_off(module, name, old, rows, dim) if waits else sliced(old, rows, dim)
     new = nn.Parameter(kept, requires_grad=old.requires_grad)
     undo.append(lambda: module._parameters.__setitem__(name, old))
     module._parameters[name] = new

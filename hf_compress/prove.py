@@ -20,6 +20,7 @@ from .coupling import ARGUMENT, SHARED, coupled
 from .cutting import INDEX, Block, Cut, Variant, cut_, unit_columns, variants
 from .discover import Attention, Part
 from .edits import CompressionError
+from .memory import give_back
 from .modules import gate_, ungate_
 from .probe import difference, map_tensors, tensors_in, tolerance
 from .refusals import check_part, check_sharing
@@ -39,7 +40,8 @@ def prove(model: nn.Module, cuts: list[Cut], run: Callable[[], list[Any]], maske
        masked one, so that what a block hands to later ones (a shared position bias, keys and values) is proved too;
        at the end the model's outputs must agree.
 
-    Memory: the model and two copies of one block. Where the inputs come from is `apply_`'s affair.
+    Memory: the model, and one copy of one block in float32 with one of its tensors once more. Where the inputs come from is
+    `apply_`'s affair.
 
     Args:
         model: the model, dense where it will be cut.
@@ -75,10 +77,11 @@ def prove(model: nn.Module, cuts: list[Cut], run: Callable[[], list[Any]], maske
         for cut in group:
             if cut.block.name not in proved:
                 proved[cut.block.name] = _prove_structure(modules, scope, group, cut, args, kwargs, known)
+                give_back()
         args, kwargs = _Fresh(args)(), _Fresh(kwargs)()
         double = _copy(module)
         for cut in group:
-            cut_(_finder(double, scope), cut, proved[cut.block.name])
+            cut_(_finder(double, scope), cut, proved[cut.block.name], _Dropped())
         after = torch.get_rng_state()
         torch.set_rng_state(states.pop())
         replaced = double(*args, **kwargs)
@@ -147,6 +150,13 @@ def _copy(module: nn.Module) -> nn.Module:
     return double.requires_grad_(False)
 
 
+class _Dropped(list[Callable[[], None]]):
+    """An undo list of a copy that nobody takes back: what it would hold is as large as the copy."""
+
+    def append(self, undone: Callable[[], None]) -> None:
+        pass
+
+
 def _finder(double: nn.Module, scope: str) -> Callable[[str], nn.Module]:
     def find(name: str) -> nn.Module:
         return double.get_submodule(name[len(scope) :].lstrip(".") if scope else name)
@@ -162,7 +172,8 @@ def _randomize(module: nn.Module, seed: int = 0) -> None:
             if tensor.is_floating_point():
                 spread = tensor.std().nan_to_num().item() if tensor.numel() > 1 else 0.0
                 noise = torch.randn(tensor.shape, generator=draw).to(tensor.device, tensor.dtype)
-                tensor.copy_(tensor.mean() + noise * max(spread, 0.02))
+                tensor.copy_(noise.mul_(max(spread, 0.02)).add_(tensor.mean()))  # in place: these are as large as the block
+                del noise
         for part in module.modules():
             if (
                 isinstance(part, nn.modules.batchnorm._BatchNorm)
@@ -171,6 +182,7 @@ def _randomize(module: nn.Module, seed: int = 0) -> None:
             ):
                 part.running_mean.copy_(torch.randn(part.running_mean.shape, generator=draw))
                 part.running_var.copy_(0.5 + torch.rand(part.running_var.shape, generator=draw))
+    give_back()
 
 
 def _prove_structure(
@@ -184,19 +196,23 @@ def _prove_structure(
 
     args, kwargs = map_tensors(args, to_float), map_tensors(kwargs, to_float)
     args, kwargs = _Fresh(args), _Fresh(kwargs)
-    free = _copy(module).float()
-    block, out = cut.block, _finder(free, scope)(cut.block.out)
-    for other in group:
-        ungate_(_finder(free, scope)(other.block.out))
+    block = cut.block
+
+    def drawn() -> tuple[nn.Module, torch.Tensor]:
+        free = _copy(module).float()
+        for other in group:
+            ungate_(_finder(free, scope)(other.block.out))
+        _randomize(free)
+        return free, gate_(_finder(free, scope)(block.out), consumer=block.consumer)
+
     broken = [name for name, tensor in module.named_parameters() if not bool(torch.isfinite(tensor).all())]
     if broken:
         raise CompressionError(
             f"Cannot prove a cut of {block.name!r}: {f'{scope}.{broken[0]}'.lstrip('.')} holds NaN or infinities. If a "
             "training diverged, go back to a checkpoint from before (a lower learning rate, max_grad_norm or bf16 may help)."
         )
-    _randomize(free)
+    free, gate = drawn()
     key = (_signature(free), block.size, block.name[len(scope) :], block.out[len(scope) :])
-    gate = gate_(out, consumer=block.consumer)
     if key not in known:
         known[key] = _find_parts(free, block, gate, args(), kwargs())
 
@@ -227,11 +243,15 @@ def _prove_structure(
         and "Norm" in type(modules[part.module]).__name__
     )
     reason = ""
-    for variant in variants(block, parts, norms):
-        double = copy.deepcopy(free)
+    for guess, variant in enumerate(variants(block, parts, norms)):
+        if guess:  # the copy was cut as the guess before said
+            del free, gate
+            free, gate = drawn()
+            gate.copy_(cut.gate())
+            masked = run(free)
         try:
-            cut_(_finder(double, scope), cut, variant)
-            worst = difference(masked[0][1], run(double)[0][1])
+            cut_(_finder(free, scope), cut, variant, _Dropped())
+            worst = difference(masked[0][1], run(free)[0][1])
         except Exception as error:  # a wrong guess may break a forward in any way; the next one is tried
             what = f"{type(error).__name__}: {str(error).splitlines()[0]}" if str(error) else type(error).__name__
             reason = reason or f"its forward does not run with fewer ({what})"

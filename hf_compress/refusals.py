@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.nn.utils import parametrize, prune
 from transformers.pytorch_utils import Conv1D
 
@@ -20,6 +21,12 @@ from .probe import owners_in
 def check_foreign(model: nn.Module) -> None:
     """Refuse models whose weights another library has packed (bitsandbytes, torchao, ...) or that pack them, and adapters."""
     check_adapters(model)
+    if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        raise CompressionError(
+            f"The weights of this {type(model).__name__} are sharded over processes (FSDP2, tensor parallel), and rows of a "
+            "shard are not rows of the weight. Cut it first, in one process: apply_, or apply_to_folder where it does not fit "
+            "into memory. What that writes loads sharded as any checkpoint does: from_pretrained(..., distributed_config=...)."
+        )
     for _, owner in owners_in(model):
         compression_of(owner.config)
     for module in model.modules():

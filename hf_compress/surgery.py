@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from itertools import groupby
 from typing import Any
@@ -19,6 +20,7 @@ from .exits.runtime import attach_exits_, detach_exits_
 from .exits.trial import try_exits
 from .experts import experts_, move_entries_
 from .kinds import follow_ties_
+from .later import Later
 from .layout import joined, renamed
 from .masking import Mask
 from .plan import Plan
@@ -126,16 +128,28 @@ def apply_(model: nn.Module, plan: Plan, *, inputs: Mapping[str, Any] | None = N
 
     ```
     """
+    return change_(model, plan, inputs)
+
+
+def change_(
+    model: nn.Module,
+    plan: Plan,
+    inputs: Mapping[str, Any] | None = None,
+    within: Callable[[], AbstractContextManager[Any]] = nullcontext,
+) -> nn.Module:
+    """`apply_`, with what makes the new weights running in a context: `streaming` has them written to files there."""
     outer, model = model, _unwrapped(model)
     if any(p.is_meta for p in model.parameters()):
         raise CompressionError("The model is on the meta device and has no weights to change; load it first.")
     check_foreign(model)
     steps = _steps(plan)
-    undo: Undo = []
+    undo = Later()
     try:
         for step in steps:
+            undo.waits = step is steps[-1]  # what comes after a step needs its weights
             if isinstance(step.edits[0], Substitution):
-                _substitute(model, step, inputs, undo)
+                with within():
+                    _substitute(model, step, inputs, undo)
             elif isinstance(step.edits[0], KeepChannels):
                 _cut_channels(model, step, inputs, undo)
             elif isinstance(step.edits[0], AddExits):
@@ -145,7 +159,12 @@ def apply_(model: nn.Module, plan: Plan, *, inputs: Mapping[str, Any] | None = N
             elif isinstance(step.edits[0], KeepVocabulary):
                 inputs = _keep_vocabulary(model, step, inputs, undo)
             else:
-                _cut(model, step, inputs, undo)
+                _cut(model, step, inputs, undo, within)
+        place = undo.forgotten(model)
+        if place is not None:
+            raise RuntimeError(f"{place} was sliced by something else than cutting.cut_; nothing was changed.")
+        with within():
+            undo.make()
     except BaseException:
         while undo:
             undo.pop()()
@@ -235,7 +254,13 @@ def _keep_vocabulary(model: nn.Module, plan: Plan, inputs: Mapping[str, Any] | N
     return inputs
 
 
-def _cut(model: nn.Module, plan: Plan, inputs: Mapping[str, Any] | None, undo: Undo) -> None:
+def _cut(
+    model: nn.Module,
+    plan: Plan,
+    inputs: Mapping[str, Any] | None,
+    undo: Undo,
+    within: Callable[[], AbstractContextManager[Any]],
+) -> None:
     resolved = resolve(model, plan)
     cuts, removed = resolved.cuts, resolved.removed
     if not cuts and not removed:
@@ -252,7 +277,7 @@ def _cut(model: nn.Module, plan: Plan, inputs: Mapping[str, Any] | None, undo: U
     owners = [(n, o) for n, o in owners_in(model) if not n or any(t.startswith(f"{n}.") for t in touched)]
     numbers = {name: config_numbers(owner) for name, owner in owners}
     proved = _prove_all(model, resolved, inputs)
-    with torch.inference_mode(False), torch.no_grad():
+    with torch.inference_mode(False), torch.no_grad(), within():
         record: dict[str, Any] = {}
         for cut in cuts:
             for name, entry in cut_(model.get_submodule, cut, proved[cut.block.name], undo).items():

@@ -19,13 +19,14 @@ examples:
   hf-compress recipe init google/vit-base-patch16-224 -o vit.yaml
   hf-compress recipe check vit.yaml                             every mistake, before anything is trained
   hf-compress run vit.yaml --push-to-hub me/vit-small           prune, distil, quantize, measure, publish
+  hf-compress apply models/llama plans/half runs/llama-half    a checkpoint larger than memory, by a saved plan
   hf-compress measure runs/vit-small --against google/vit-base-patch16-224
   hf-compress push runs/vit-small me/vit-small --private
   hf-compress demo                                              all of it on a small model, offline
 
 exit codes: 0 done; 1 the work failed; 2 a wrong argument or recipe, and nothing was done; 130 interrupted
 """
-COMMANDS = ("inspect", "run", "measure", "recipe", "push", "demo")  # each a file beside this one, with `add(commands)`
+COMMANDS = ("inspect", "run", "apply", "measure", "recipe", "push", "demo")  # each a file beside this one, with `add(commands)`
 
 
 def make_parser(prog: str = "hf-compress") -> Parser:
