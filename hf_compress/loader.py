@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, modeling_utils
 from transformers.quantizers import auto
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
@@ -27,6 +27,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from .edits import CompressionError
 from .inner import around, check_inner
 from .layout import check, finder, finish_replayed, replay_
+from .parts import gathered, parts_in, stamp_parts_
 from .plan import Plan
 from .quantization import is_quantized
 
@@ -142,6 +143,32 @@ def compression_of(config: Any) -> HfCompressConfig | None:
     )
 
 
+def record_in(config: Any) -> HfCompressConfig | None:
+    """The record that a config itself holds, whatever the weights are in; none where it is another method's."""
+    found = getattr(config, "quantization_config", None)
+    if isinstance(found, dict) and found.get("quant_method") == METHOD:
+        found = HfCompressConfig(**found)
+    return found if isinstance(found, HfCompressConfig) else None
+
+
+def of_the_whole(model: Any, record: HfCompressConfig) -> HfCompressConfig:
+    """The record of a model whose config has none: transformers then hands us that of one of its parts."""
+    of_parts = [found for part in parts_in(model) if (found := record_in(part.config)) is not None]
+    if all(found.digest != record.digest for found in of_parts):
+        return record
+    return gathered(model, None, record_in)
+
+
+def _find_quantizer(config: Any, quantization_config: Any, *args: Any, **kwargs: Any) -> Any:
+    """What transformers looks for a quantizer with; it does not look into the sub-configs, where parts have their records."""
+    if getattr(config, "quantization_config", None) is None and quantization_config is None:
+        subs = [getattr(config, key, None) for key in getattr(type(config), "sub_configs", None) or {}]
+        found = next((found for sub in subs if (found := record_in(sub)) is not None), None)
+        if found is not None:
+            config.quantization_config = found  # until the model is there, and `of_the_whole` can say what is whose
+    return _their_quantizer(config, quantization_config, *args, **kwargs)
+
+
 class HfCompressQuantizer(HfQuantizer):
     """Replays the layout before the weights are read, and leaves an ordinary model behind.
 
@@ -198,6 +225,7 @@ class HfCompressQuantizer(HfQuantizer):
         if not self.pre_quantized:
             raise CompressionError("HfCompressConfig is a record, not an order: cut a loaded model with apply_(model, plan).")
         _check_files(checkpoint_files)
+        self.quantization_config = of_the_whole(model, self.quantization_config)
         replay_(model, self.quantization_config.layout)
         for module in model.modules():
             if is_quantized(module):
@@ -212,6 +240,7 @@ class HfCompressQuantizer(HfQuantizer):
     def postprocess_model(self, model: Any, **kwargs: Any) -> Any:
         """Leave an ordinary model behind: half(), Trainer and save_pretrained treat quantized ones differently."""
         model.config.quantization_config = self.quantization_config
+        stamp_parts_(model, self.quantization_config, [])
         _check_filled(model, self.quantization_config.layout, self.shapes)
         finish_replayed(model, self.quantization_config.layout)
         model.is_quantized = False
@@ -317,6 +346,8 @@ def _check_files(files: Any) -> None:
             )
 
 
+_their_quantizer: Any = modeling_utils.get_hf_quantizer
 if METHOD not in auto.AUTO_QUANTIZER_MAPPING:
+    modeling_utils.get_hf_quantizer = _find_quantizer
     register_quantization_config(METHOD)(HfCompressConfig)
     register_quantizer(METHOD)(HfCompressQuantizer)

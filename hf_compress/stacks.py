@@ -85,11 +85,11 @@ def _configs(model: nn.Module, path: str) -> Iterator[tuple[Any, tuple[str, ...]
     side = next((word for word in reversed(path.split(".")) if word in DEPTH_OF), None)
     other = {"encoder": "decoder", "decoder": "encoder"}.get(side or "", "")
     # a config that both sides hang on counts each under its own name
-    of_other = {id(_base(m.config)) for n, m in names.items() if hasattr(m, "config") and other in n.split(".")}
+    of_other = {id(base_config(m.config)) for n, m in names.items() if hasattr(m, "config") and other in n.split(".")}
     two_sided = any(isinstance(m, nn.ModuleList) and len(m) and other in n.split(".") for n, m in names.items())
     seen: set[int] = set()
     for name, module in names.items():
-        config = _base(getattr(module, "config", None))
+        config = base_config(getattr(module, "config", None))
         near = not name or path == name or path.startswith(f"{name}.") or name.startswith(f"{path}.")
         if config is None or id(config) in seen or not near or not hasattr(config, "__dict__"):
             continue
@@ -98,7 +98,7 @@ def _configs(model: nn.Module, path: str) -> Iterator[tuple[Any, tuple[str, ...]
         yield config, DEPTH_OF[side] if shared and side else (*DEPTH, *DEPTH_OF.get(side or "", ()))
 
 
-def _base(config: Any) -> Any:
+def base_config(config: Any) -> Any:
     return config._hfc_base if isinstance(config, ConfigView) else config
 
 
