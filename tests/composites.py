@@ -13,8 +13,8 @@ WORDS = dict(TEXT, num_hidden_layers=2, bos_token_id=1, eos_token_id=2, pad_toke
 SIGHT = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=96, image_size=32, patch_size=8)
 LLAMA = dict(WORDS, num_key_value_heads=2, head_dim=16)
 AUDIO = dict(
-    hidden_size=64, patch_embeds_hidden_size=64, depths=[1, 1], num_attention_heads=[2, 4], spec_size=32, num_mel_bins=8, window_size=4,
-    patch_size=4, patch_stride=[4, 4], num_hidden_layers=2,
+    hidden_size=64, patch_embeds_hidden_size=32, depths=[1, 1], num_attention_heads=[2, 4], spec_size=32, num_mel_bins=8, window_size=4,
+    patch_size=4, patch_stride=[4, 4], num_hidden_layers=2, projection_dim=32,
 )  # fmt: skip
 
 
@@ -81,7 +81,7 @@ def _bert(**more) -> T.BertConfig:
 
 
 COMPOSITES: dict[str, Callable[[], tuple]] = {
-    "clip": lambda: _clip_like(T.CLIPModel, T.CLIPConfig, WORDS, SIGHT, projection_dim=32),
+    "clip": lambda: _clip_like(T.CLIPModel, T.CLIPConfig, dict(WORDS, projection_dim=32), dict(SIGHT, projection_dim=32), projection_dim=32),
     "siglip": lambda: _clip_like(T.SiglipModel, T.SiglipConfig, dict(WORDS, projection_size=64), SIGHT),
     "chinese_clip": lambda: _clip_like(T.ChineseCLIPModel, T.ChineseCLIPConfig, WORDS, SIGHT, projection_dim=32),
     "altclip": lambda: _clip_like(T.AltCLIPModel, T.AltCLIPConfig, dict(WORDS, project_dim=32), SIGHT, projection_dim=32),
@@ -99,7 +99,7 @@ COMPOSITES: dict[str, Callable[[], tuple]] = {
     ),
     "vision_encoder_decoder": lambda: _pair(
         T.VisionEncoderDecoderModel, T.VisionEncoderDecoderConfig.from_encoder_decoder_configs, T.ViTConfig(**SIGHT),
-        T.GPT2Config(**GPT2, add_cross_attention=True), lambda: {"pixel_values": pixels(), "decoder_input_ids": ids(2, 6)},
+        T.GPT2Config(**GPT2, is_decoder=True, add_cross_attention=True), lambda: {"pixel_values": pixels(), "decoder_input_ids": ids(2, 6)},
     ),
     "speech_encoder_decoder": lambda: _pair(
         T.SpeechEncoderDecoderModel, T.SpeechEncoderDecoderConfig.from_encoder_decoder_configs, T.Wav2Vec2Config(**WAV2VEC2),
