@@ -60,7 +60,9 @@ def from_config(config: PreTrainedConfig, auto_class: Any = None, **kwargs: Any)
     ```
     """
     if not isinstance(config, PreTrainedConfig):
-        raise CompressionError(f"from_config takes the config of a model, got {type(config).__name__}: AutoConfig.from_pretrained(folder).")
+        raise CompressionError(
+            f"from_config takes the config of a model, got {type(config).__name__}: AutoConfig.from_pretrained(folder)."
+        )
     config = copy.deepcopy(config)
     build = _builder(config, auto_class, kwargs)
     record = _record(config)
@@ -78,7 +80,7 @@ def from_config(config: PreTrainedConfig, auto_class: Any = None, **kwargs: Any)
     with torch.no_grad():
         replay_(model, layout, draw_, base)
     finish_replayed(model, layout)
-    model.tie_weights()
+    model.tie_weights(recompute_mapping=False)  # `replay_` has told it where scales go
     model.config.quantization_config = HfCompressConfig(record.plan_dict, record.layout_text, record.masks_dict)
     stamp_parts_(model, model.config.quantization_config, [])
     host_quantized_(model)
@@ -97,9 +99,7 @@ def _builder(config: Any, auto_class: Any, kwargs: dict[str, Any]) -> Any:
     if isinstance(kind, type) and issubclass(kind, PreTrainedModel):
         return lambda config: kind._from_config(config, **kwargs)
     if not hasattr(kind, "from_config"):
-        raise CompressionError(
-            f"auto_class is a class such as AutoModelForSequenceClassification or BertModel, got {kind!r}."
-        )
+        raise CompressionError(f"auto_class is a class such as AutoModelForSequenceClassification or BertModel, got {kind!r}.")
     return lambda config: kind.from_config(config, **kwargs)
 
 

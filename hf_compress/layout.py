@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
+from transformers import PreTrainedModel
 
 from .edits import CompressionError, from_spans, spans_of
 from .exits.options import check_options
@@ -494,12 +495,17 @@ def gates_of(model: nn.Module) -> dict[str, str]:
 
 
 def finder(model: nn.Module | None) -> Callable[[str], nn.Module | None]:
-    """Finds modules by name, with or without the prefix of the base model: `AutoModel` loads task checkpoints, and back."""
+    """Finds modules by name, with or without the prefix of the base model: `AutoModel` loads task checkpoints, and back.
+
+    Last, inside the one transformers model that a class of a part is around (`OwlViTTextModel` around its transformer).
+    """
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
     modules = {} if model is None else dict(model.named_modules())
+    within = [name for name, child in (model or nn.Module()).named_children() if isinstance(child, PreTrainedModel)]
+    inner = f"{within[0]}." if len(within) == 1 else prefix
 
     def find(name: str) -> nn.Module | None:
-        return next((modules[n] for n in (name, name.removeprefix(prefix), prefix + name) if n in modules), None)
+        return next((modules[n] for n in (name, name.removeprefix(prefix), prefix + name, inner + name) if n in modules), None)
 
     return find
 

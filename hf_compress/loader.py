@@ -310,7 +310,12 @@ def _check_filled(model: Any, layout: Any, shapes: Mapping[str, torch.Size]) -> 
             elif full in shapes and parameter.shape not in (shapes[full], shapes[full][1:]):  # transformers 5.20 takes any
                 other.append(f"{full} {tuple(parameter.shape)}, not {tuple(shapes[full])}")
     for names, what, hint in (
-        (missing, "lacks weights that were compressed, which nothing can make up", "It was damaged"),
+        (
+            missing,
+            "lacks weights that were compressed, which nothing can make up",
+            "Of a model of several parts, load the whole and save the part by itself (whole.part.save_pretrained). Else it was "
+            "damaged",
+        ),
         (
             other,
             "holds weights of other shapes",

@@ -42,7 +42,11 @@ def _paligemma():
         vision_config=dict(SIGHT, model_type="siglip_vision_model", projection_dim=64),
         text_config=dict(LLAMA, model_type="gemma"), projection_dim=64, image_token_index=98,
     )  # fmt: skip
-    return T.PaliGemmaForConditionalGeneration, config, lambda: seeing(config, 16, token_type_ids=lambda: torch.zeros(2, 22, dtype=torch.long))
+    return (
+        T.PaliGemmaForConditionalGeneration,
+        config,
+        lambda: seeing(config, 16, token_type_ids=lambda: torch.zeros(2, 22, dtype=torch.long)),
+    )
 
 
 def _gemma3():
@@ -50,7 +54,11 @@ def _gemma3():
         vision_config=dict(SIGHT, model_type="siglip_vision_model"), text_config=dict(LLAMA, sliding_window=8, query_pre_attn_scalar=16),
         mm_tokens_per_image=4, image_token_index=98,
     )  # fmt: skip
-    return T.Gemma3ForConditionalGeneration, config, lambda: seeing(config, 4, token_type_ids=lambda: torch.zeros(2, 10, dtype=torch.long))
+    return (
+        T.Gemma3ForConditionalGeneration,
+        config,
+        lambda: seeing(config, 4, token_type_ids=lambda: torch.zeros(2, 10, dtype=torch.long)),
+    )
 
 
 def _qwen2_vl():
@@ -125,3 +133,19 @@ def build_composite(name: str) -> tuple[T.PreTrainedModel, dict[str, torch.Tenso
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.05)
     return model, inputs()
+
+
+# which classes load one part from the checkpoint of the whole, where stock transformers does: class -> (its path, its inputs)
+WORDS_OF, SIGHT_OF = ("text_model", "input_ids"), ("vision_model", "pixel_values")
+FROM_WHOLE: dict[str, dict[str, tuple[str, str]]] = {
+    "clip": {
+        "CLIPTextModel": WORDS_OF, "CLIPVisionModel": SIGHT_OF, "CLIPTextModelWithProjection": WORDS_OF,
+        "CLIPVisionModelWithProjection": SIGHT_OF,
+    },
+    "siglip": {"SiglipTextModel": WORDS_OF, "SiglipVisionModel": SIGHT_OF},
+    "clipseg": {"CLIPSegTextModel": WORDS_OF, "CLIPSegVisionModel": SIGHT_OF},
+    "owlvit": {"OwlViTTextModel": WORDS_OF, "OwlViTVisionModel": SIGHT_OF},
+    "clap": {"ClapTextModelWithProjection": WORDS_OF},
+    "chinese_clip": {"ChineseCLIPVisionModel": SIGHT_OF},
+    "qwen2_vl": {"Qwen2VLTextModel": ("model.language_model", "input_ids")},
+}  # fmt: skip
