@@ -22,8 +22,6 @@ from .stacks import base_config
 
 # what an edit calls the module that it is about
 TARGETS = ("attention", "ffn", "module", "conv", "moe", "stack")
-# what other methods' configs call the modules that they leave alone
-SKIPPED = ("modules_to_not_convert", "llm_int8_skip_modules")
 
 
 @dataclass(frozen=True)
@@ -95,21 +93,8 @@ def _local_record(record: Any, whole: Layout, part: ModelPart, others: list[str]
     if not says_something(layout):
         return None
     masks = None if record.masks_dict is None else _local_plan(record.masks_dict, part.path, prefix)
-    inner = copy.deepcopy(record.inner)
-    for key in SKIPPED if inner else ():
-        if isinstance(inner.get(key), list):
-            inner[key] = _mine(inner[key], part.path, others)
-    return type(record)(_local_plan(record.plan_dict, part.path, prefix), layout, masks, inner=inner)
-
-
-def _mine(names: Iterable[str], path: str, others: list[str]) -> list[str]:
-    """Names in a part as it calls them, and those that lie in no part at all: a projection, a head."""
-    found = []
-    for name in names:
-        local = _under(name, path)
-        if local is not None or not any(_under(name, other) is not None for other in others):
-            found.append(name if local is None else local)
-    return found
+    plan = _local_plan(record.plan_dict, part.path, prefix)
+    return type(record)(plan, layout, masks)  # of a whole in another method's weights, a part alone is then refused
 
 
 def local_layout(layout: Mapping[str, Any], part: ModelPart, others: list[str]) -> Layout:
