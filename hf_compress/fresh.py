@@ -10,6 +10,7 @@ import transformers
 from torch import nn
 from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 
+from .caches import host_caches_
 from .edits import CompressionError
 from .kinds import SEPARABLE
 from .layout import finish_replayed, replay_, with_numbers
@@ -84,6 +85,7 @@ def from_config(config: PreTrainedConfig, auto_class: Any = None, **kwargs: Any)
     model.config.quantization_config = HfCompressConfig(record.plan_dict, record.layout_text, record.masks_dict)
     stamp_parts_(model, model.config.quantization_config, [])
     host_quantized_(model)
+    host_caches_(model, record)
     return model
 
 

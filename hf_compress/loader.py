@@ -24,6 +24,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from .caches import host_caches_
 from .edits import CompressionError
 from .inner import around, check_inner
 from .layout import check, finder, finish_replayed, replay_
@@ -247,6 +248,7 @@ class HfCompressQuantizer(HfQuantizer):
         for name in ("hf_quantizer", "quantization_method"):
             model.__dict__.pop(name, None)
         host_quantized_(model)
+        host_caches_(model, self.quantization_config)
         return model
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from .caches import host_caches_
 from .cutting import Undo
 from .discover import discover
 from .edits import AddExits, CompressionError
@@ -99,6 +100,7 @@ def write_record(
         config.quantization_config = HfCompressConfig(plan, layout, masks)
         stamp_parts_(owner, config.quantization_config, undo)
     written = layout if stock is None else None
+    host_caches_(owner, None if stock is not None else config.quantization_config, undo)
     _unlock_others(owner, written, undo)
     return written
 
