@@ -46,8 +46,8 @@ def _no_shape_yet() -> None:
 def _refuse_paged(*_: Any, **__: Any) -> Any:
     raise CompressionError(
         "Continuous batching keeps one cache, of one shape for all layers, and the layers of this model have different "
-        "numbers of key/value heads. Use generate(); or cut every layer alike (plan_pruning(..., uniform=True)), which leaves a "
-        "stock model."
+        "numbers of key/value heads. Use generate(); or cut every layer alike (plan_pruning(..., uniform=True)), which leaves "
+        "a stock model."
     )
 
 

@@ -71,8 +71,8 @@ def from_config(config: PreTrainedConfig, auto_class: Any = None, **kwargs: Any)
         return build(config)
     if record.inner is not None:
         raise CompressionError(
-            f"This checkpoint's weights are quantized with {record.inner['quant_method']}, which converts weights that are there. "
-            "Build from the config of the pruned checkpoint in float."
+            f"This checkpoint's weights are quantized with {record.inner['quant_method']}, which converts weights that are "
+            "there. Build from the config of the pruned checkpoint in float."
         )
     model = build(config)
     record = of_the_whole(model, record)
@@ -140,7 +140,7 @@ def _plain(module: Any, drawn: dict[str, torch.Tensor]) -> Any:
     """A float module of the kind that is quantized to this one, with these weights."""
     parameters = {name: nn.Parameter(tensor, requires_grad=False) for name, tensor in drawn.items()}
     if isinstance(module, nn.Embedding):
-        return nn.Embedding(*drawn["weight"].shape, _weight=parameters["weight"])
+        return nn.Embedding.from_pretrained(drawn["weight"])
     plain = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
     if "weight_in" in parameters:
         plain.__class__ = LowRankLinear

@@ -353,8 +353,9 @@ def _check_files(files: Any) -> None:
             )
 
 
-_their_quantizer: Any = modeling_utils.get_hf_quantizer
+_modeling: Any = modeling_utils
+_their_quantizer = _modeling.get_hf_quantizer
 if METHOD not in auto.AUTO_QUANTIZER_MAPPING:
-    modeling_utils.get_hf_quantizer = _find_quantizer
+    _modeling.get_hf_quantizer = _find_quantizer
     register_quantization_config(METHOD)(HfCompressConfig)
     register_quantizer(METHOD)(HfCompressQuantizer)

@@ -22,8 +22,9 @@ DEPTH_OF = {
 PER_LAYER = ("depths", "attention_window")
 # lists of the layers that something holds for, by number
 INDICES = (
-    "attn_layer_indices", "fullatt_block_indexes", "full_attn_idxs", "global_attn_indexes", "window_block_indices", "mlp_only_layers",
-    "moe_layers", "hybrid_layer_ids", "cross_attention_layers", "deepstack_visual_indexes", "local_layer_ids",
+    "attn_layer_indices", "fullatt_block_indexes", "full_attn_idxs", "global_attn_indexes", "window_block_indices",
+    "mlp_only_layers", "moe_layers", "hybrid_layer_ids", "cross_attention_layers", "deepstack_visual_indexes",
+    "local_layer_ids",
 )  # fmt: skip
 # a module of the first layer that computes something for all layers, and the flag that says so: it must move along
 CARRIED = (("relative_attention_bias", "has_relative_attention_bias"),)
