@@ -36,6 +36,7 @@ from .exits import detach_exits_, exit_layers, exit_options, set_exits_
 from .exits.callback import EarlyExitCallback
 from .exits.tune import tune_exits_
 from .expert_plans import plan_experts
+from .fresh import from_config
 from .hub import push_to_hub
 from .inner import with_quantizer
 from .masking import Mask
@@ -91,6 +92,7 @@ __all__ = [
     "discover",
     "exit_layers",
     "exit_options",
+    "from_config",
     "init_student",
     "mask_",
     "measure",

@@ -18,6 +18,7 @@ from transformers.quantizers.auto import AutoHfQuantizer, AutoQuantizationConfig
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.import_utils import is_bitsandbytes_available, is_torchao_available
 
+from .caches import host_caches_
 from .edits import CompressionError
 from .layout import finish_replayed
 from .modules import lock_
@@ -216,6 +217,7 @@ class _Inside(HfQuantizer):
     def postprocess_model(self, model: Any, **kwargs: Any) -> Any:
         model = super().postprocess_model(model, **kwargs) or model
         finish_replayed(model, self.record.layout)
+        host_caches_(model, self.record)
         if not self.pre_quantized:
             layout = copy.deepcopy(self.record.layout)
             if self.lock is not None:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
+from transformers import PreTrainedModel
 
 from .edits import CompressionError, from_spans, spans_of
 from .exits.options import check_options
@@ -25,6 +26,7 @@ from .modules import (
     ConfigView,
     HeadCount,
     LockedLinear,
+    dense_weight,
     gate_,
     is_gated,
     lock_,
@@ -37,6 +39,7 @@ from .quantization import is_quantized
 from .stacks import carry_, config_parts, counts_layers
 
 Layout = dict[str, Any]
+Start = Callable[[nn.Module, torch.Tensor], None]
 
 # attributes that say nothing about the function in eval mode, or change while a model runs
 PASSING = {"training", "gradient_checkpointing", "drop_prob", "drop_path", "p", "dropout", "layerdrop"}
@@ -90,20 +93,24 @@ def skeleton(model: nn.Module, numbers: Mapping[str, Any] | None = None) -> nn.M
 
     `numbers`: values that replace those of the config, `"key"` or `"part.key"`.
     """
-    config: Any = model.config
-    data = config.to_dict()
-    data.pop("quantization_config", None)
-    for name, value in (numbers or {}).items():
-        part, _, key = name.rpartition(".")
-        (data[part] if part else data)[key] = value
     try:
         with ExitStack() as stack:
             dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
             for context in type(model).get_init_context(dtype, False, False, None):  # type: ignore[attr-defined]
                 stack.enter_context(context)
-            return type(model)(type(config).from_dict(data))
+            return type(model)(with_numbers(model.config, numbers))  # type: ignore[arg-type]
     except Exception:  # a config that its model refuses (heads that do not divide the hidden size): not stock
         return None
+
+
+def with_numbers(config: Any, numbers: Mapping[str, Any] | None) -> Any:
+    """A config as it is on disk, without its record, with other values under `"key"` or `"part.key"`."""
+    data = config.to_dict()
+    data.pop("quantization_config", None)
+    for name, value in (numbers or {}).items():
+        part, _, key = name.rpartition(".")
+        (data[part] if part else data)[key] = value
+    return type(config).from_dict(data)
 
 
 def unrecorded(model: nn.Module, layout: Layout | None) -> str | None:
@@ -358,15 +365,19 @@ def _is_base_of_checkpoint(model: Any, layout: Layout) -> bool:
     return bool(is_base) and not any(name.startswith(f"{prefix}.") for name in layout["modules"])
 
 
-def replay_(model: nn.Module, layout: Layout) -> None:
+def replay_(model: nn.Module, layout: Layout, start: Start | None = None, base: nn.Module | None = None) -> None:
     """Give a model (on any device, `meta` too) the shapes and attributes of a layout. Weights are not filled.
+
+    `start`: for a model that no checkpoint fills. Weights then keep the first rows and columns of what they hold, and of a
+    module that becomes something else it gets the module and the weight (out, in) that it had. `base`: the model to take
+    layers from, in the place of one without memory.
 
     Raises:
         CompressionError: the layout belongs to another architecture, or asks for what a cut cannot do.
     """
     layers = layout.get("layers", {})
     if layers:
-        _pick_layers(model, layers, layout.get("numbers", {}))
+        _pick_layers(model, layers, skeleton(model, layout.get("numbers", {})) if base is None else base)
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
     find = finder(model)
     exits = layout.get("exits")
@@ -390,7 +401,7 @@ def replay_(model: nn.Module, layout: Layout) -> None:
         for name, entry in layout["modules"].items():
             module = found[name]
             if module is not None:
-                _replay_module(name, module, entry)
+                _replay_module(name, module, entry, start)
             elif "kinds" not in entry and (name.startswith(prefix) or prefix == "."):
                 raise CompressionError(
                     f"The checkpoint cuts {name!r}, which {type(model).__name__} does not have: another model."
@@ -400,7 +411,8 @@ def replay_(model: nn.Module, layout: Layout) -> None:
     settle_counts_(model)
 
 
-def _replay_module(name: str, module: nn.Module, entry: Mapping[str, Any]) -> None:
+def _replay_module(name: str, module: nn.Module, entry: Mapping[str, Any], start: Start | None) -> None:
+    dense = None if start is None or not entry.get("kinds") else dense_weight(module).detach()
     make_(module, entry.get("kinds", []))
     shapes = entry.get("shapes", {})
     if entry.get("lock"):
@@ -416,7 +428,10 @@ def _replay_module(name: str, module: nn.Module, entry: Mapping[str, Any]) -> No
                 f"The checkpoint gives {name}.{key} the shape {list(shape)}, but this model has "
                 f"{'no such weight' if full is None else f'{full}'}: the plan is for another architecture."
             )
-        new = torch.empty(shape, dtype=old.dtype, device=old.device)
+        if start is None:
+            new = torch.empty(shape, dtype=old.dtype, device=old.device)
+        else:
+            new = old.detach().view(full)[tuple(slice(n) for n in shape)].clone()
         place[key] = nn.Parameter(new, requires_grad=old.requires_grad) if place is module._parameters else new
     for key, value in entry.get("attributes", {}).items():
         if type(getattr(module, key, None)) is not int:
@@ -430,6 +445,8 @@ def _replay_module(name: str, module: nn.Module, entry: Mapping[str, Any]) -> No
         module.config = ConfigView(module.config, **entry["config"])  # type: ignore[assignment]
     if entry.get("heads"):
         select_heads_(module, entry["heads"]["how"], entry["heads"]["keep"], entry["heads"].get("arguments"))
+    if start is not None and dense is not None:
+        start(module, dense)
 
 
 def _keep_first(name: str, module: nn.Module, count: int) -> None:
@@ -476,19 +493,24 @@ def gates_of(model: nn.Module) -> dict[str, str]:
 
 
 def finder(model: nn.Module | None) -> Callable[[str], nn.Module | None]:
-    """Finds modules by name, with or without the prefix of the base model: `AutoModel` loads task checkpoints, and back."""
+    """Finds modules by name, with or without the prefix of the base model: `AutoModel` loads task checkpoints, and back.
+
+    Last, inside the one transformers model that a class of a part is around (`OwlViTTextModel` around its transformer).
+    """
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
     modules = {} if model is None else dict(model.named_modules())
+    within = [name for name, child in (model or nn.Module()).named_children() if isinstance(child, PreTrainedModel)]
+    inner = f"{within[0]}." if len(within) == 1 else prefix
 
     def find(name: str) -> nn.Module | None:
-        return next((modules[n] for n in (name, name.removeprefix(prefix), prefix + name) if n in modules), None)
+        return next((modules[n] for n in (name, name.removeprefix(prefix), prefix + name, inner + name) if n in modules), None)
 
     return find
 
 
-def _pick_layers(model: nn.Module, layers: Mapping[str, Any], numbers: Mapping[str, Any]) -> None:
-    """Build all layers that the base model has and take those that stayed: layers are not all alike."""
-    find, find_in_base = finder(model), finder(skeleton(model, numbers))
+def _pick_layers(model: nn.Module, layers: Mapping[str, Any], base: nn.Module | None) -> None:
+    """Of all layers that the base model has, take those that stayed: layers are not all alike."""
+    find, find_in_base = finder(model), finder(base)
     for path, kept in layers.items():
         ours: Any = find(path)
         theirs: Any = find_in_base(path)
@@ -499,6 +521,8 @@ def _pick_layers(model: nn.Module, layers: Mapping[str, Any], numbers: Mapping[s
         layers_of_base = list(theirs)
         if kept and kept[0] != 0:
             carry_(layers_of_base[0], layers_of_base[kept[0]], [])
-        entries = {str(new): layers_of_base[old].to_empty(device=device) for new, old in enumerate(kept)}
+        empty = any(p.is_meta for layer in layers_of_base for p in layer.parameters())
+        chosen = [layers_of_base[old] for old in kept]
+        entries = {str(new): layer.to_empty(device=device) if empty else layer for new, layer in enumerate(chosen)}
         ours._modules.clear()
         ours._modules.update(entries)

@@ -18,15 +18,17 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, modeling_utils
 from transformers.quantizers import auto
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from .caches import host_caches_
 from .edits import CompressionError
 from .inner import around, check_inner
 from .layout import check, finder, finish_replayed, replay_
+from .parts import gathered, parts_in, stamp_parts_
 from .plan import Plan
 from .quantization import is_quantized
 
@@ -142,6 +144,32 @@ def compression_of(config: Any) -> HfCompressConfig | None:
     )
 
 
+def record_in(config: Any) -> HfCompressConfig | None:
+    """The record that a config itself holds, whatever the weights are in; none where it is another method's."""
+    found = getattr(config, "quantization_config", None)
+    if isinstance(found, dict) and found.get("quant_method") == METHOD:
+        found = HfCompressConfig(**found)
+    return found if isinstance(found, HfCompressConfig) else None
+
+
+def of_the_whole(model: Any, record: HfCompressConfig) -> HfCompressConfig:
+    """The record of a model whose config has none: transformers then hands us that of one of its parts."""
+    of_parts = [found for part in parts_in(model) if (found := record_in(part.config)) is not None]
+    if all(found.digest != record.digest for found in of_parts):
+        return record
+    return gathered(model, None, record_in)
+
+
+def _find_quantizer(config: Any, quantization_config: Any, *args: Any, **kwargs: Any) -> Any:
+    """What transformers looks for a quantizer with; it does not look into the sub-configs, where parts have their records."""
+    if getattr(config, "quantization_config", None) is None and quantization_config is None:
+        subs = [getattr(config, key, None) for key in getattr(type(config), "sub_configs", None) or {}]
+        found = next((found for sub in subs if (found := record_in(sub)) is not None), None)
+        if found is not None:
+            config.quantization_config = found  # until the model is there, and `of_the_whole` can say what is whose
+    return _their_quantizer(config, quantization_config, *args, **kwargs)
+
+
 class HfCompressQuantizer(HfQuantizer):
     """Replays the layout before the weights are read, and leaves an ordinary model behind.
 
@@ -198,6 +226,7 @@ class HfCompressQuantizer(HfQuantizer):
         if not self.pre_quantized:
             raise CompressionError("HfCompressConfig is a record, not an order: cut a loaded model with apply_(model, plan).")
         _check_files(checkpoint_files)
+        self.quantization_config = of_the_whole(model, self.quantization_config)
         replay_(model, self.quantization_config.layout)
         for module in model.modules():
             if is_quantized(module):
@@ -212,12 +241,14 @@ class HfCompressQuantizer(HfQuantizer):
     def postprocess_model(self, model: Any, **kwargs: Any) -> Any:
         """Leave an ordinary model behind: half(), Trainer and save_pretrained treat quantized ones differently."""
         model.config.quantization_config = self.quantization_config
+        stamp_parts_(model, self.quantization_config, [])
         _check_filled(model, self.quantization_config.layout, self.shapes)
         finish_replayed(model, self.quantization_config.layout)
         model.is_quantized = False
         for name in ("hf_quantizer", "quantization_method"):
             model.__dict__.pop(name, None)
         host_quantized_(model)
+        host_caches_(model, self.quantization_config)
         return model
 
 
@@ -284,7 +315,12 @@ def _check_filled(model: Any, layout: Any, shapes: Mapping[str, torch.Size]) -> 
             elif full in shapes and parameter.shape not in (shapes[full], shapes[full][1:]):  # transformers 5.20 takes any
                 other.append(f"{full} {tuple(parameter.shape)}, not {tuple(shapes[full])}")
     for names, what, hint in (
-        (missing, "lacks weights that were compressed, which nothing can make up", "It was damaged"),
+        (
+            missing,
+            "lacks weights that were compressed, which nothing can make up",
+            "Of a model of several parts, load the whole and save the part by itself (whole.part.save_pretrained). Else it was "
+            "damaged",
+        ),
         (
             other,
             "holds weights of other shapes",
@@ -320,6 +356,9 @@ def _check_files(files: Any) -> None:
             )
 
 
+_modeling: Any = modeling_utils
+_their_quantizer = _modeling.get_hf_quantizer
 if METHOD not in auto.AUTO_QUANTIZER_MAPPING:
+    _modeling.get_hf_quantizer = _find_quantizer
     register_quantization_config(METHOD)(HfCompressConfig)
     register_quantizer(METHOD)(HfCompressQuantizer)

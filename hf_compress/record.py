@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
 
+from .caches import host_caches_
 from .cutting import Undo
 from .discover import discover
 from .edits import AddExits, CompressionError
@@ -17,6 +19,7 @@ from .layout import gates_of, layers_differ, merge, skeleton, stock_numbers, unr
 from .loader import HfCompressConfig, compression_of
 from .masking import masks_in
 from .modules import LockedLinear
+from .parts import ModelPart, gathered, local_layout, named_as, parts_in, says_something, stamp_parts_
 from .plan import Plan
 from .stacks import config_parts
 
@@ -39,10 +42,10 @@ def stamp_(
 ) -> None:
     """Write into the config what a loader needs: nothing but numbers where that is enough, the layout otherwise."""
     config = owner.config
-    before = compression_of(config)
+    before = gathered(owner, compression_of(config), compression_of)
     mine = {_local(k, name): v for k, v in record.items() if _local(k, name) is not None}
     gone = {_local(k, name): v for k, v in removed.items() if _local(k, name) is not None}
-    layout = merge(before.layout if before else None, mine, gone)  # type: ignore[arg-type]
+    layout = merge(named_as(owner, before.layout) if before else None, mine, gone)  # type: ignore[arg-type]
     if exits is not None:
         layout["exits"] = exits
     elif "exits" in layout:  # thresholds may have been tuned since
@@ -81,6 +84,7 @@ def write_record(
     stock = None if layout.get("layers") or masks or layout.get("exits") else stock_numbers(owner, structure, layout["modules"])
     if stock is not None:
         config.__dict__.pop("quantization_config", None)
+        stamp_parts_(owner, None, undo)
         parts = dict(config_parts(owner))
         for key, value in stock.items():
             part, _, attribute = key.rpartition(".")
@@ -89,10 +93,14 @@ def write_record(
             undo.append(lambda t=target, a=attribute, v=was: t.__dict__.__setitem__(a, v))
             setattr(target, attribute, value)
     else:
-        if not any("shapes" in entry for entry in layout["modules"].values()):
+        for part in parts_in(owner):
+            _lock_part(owner, layout, part, undo)
+        if not _is_loud(layout):
             _lock(owner, layout, undo)
         config.quantization_config = HfCompressConfig(plan, layout, masks)
+        stamp_parts_(owner, config.quantization_config, undo)
     written = layout if stock is None else None
+    host_caches_(owner, None if stock is not None else config.quantization_config, undo)
     _unlock_others(owner, written, undo)
     return written
 
@@ -124,9 +132,24 @@ def _unlock_others(owner: PreTrainedModel, layout: Mapping[str, Any] | None, und
             module.__class__ = nn.Linear  # type: ignore[assignment]
 
 
-def _lock(owner: PreTrainedModel, layout: dict, undo: Undo) -> None:
+def _is_loud(layout: Mapping[str, Any]) -> bool:
+    """Whether some weight has a shape that plain transformers does not take."""
+    return any("shapes" in entry or entry.get("lock") for entry in layout["modules"].values())
+
+
+def _lock_part(owner: PreTrainedModel, layout: dict, part: ModelPart, undo: Undo) -> None:
+    """A part that was changed in no shape of its own gets a lock of its own: it can be loaded alone."""
+    local = local_layout(layout, part, [other.path for other in parts_in(owner) if other.path != part.path])
+    inside = {"modules": {n: e for n, e in local["modules"].items() if n in dict(part.module.named_modules())}}
+    if says_something({**local, **inside}) and not local.get("gates") and not _is_loud(inside):
+        _lock(owner, layout, undo, tuple(f"{part.path}.{path}" for path in local.get("layers", {})) or (part.path,))
+    for deeper in parts_in(part.module):
+        _lock_part(owner, layout, replace(deeper, path=f"{part.path}.{deeper.path}"), undo)
+
+
+def _lock(owner: PreTrainedModel, layout: dict, undo: Undo, inside: tuple[str, ...] = ()) -> None:
     """Nothing in this checkpoint has another shape, so one weight gets one on disk: it must not load without us."""
-    inside = tuple(layout.get("layers", {})) or ("",)
+    inside = inside or tuple(layout.get("layers", {})) or ("",)
     structure = discover(owner)
     outs = {block.out for block in (*structure.attentions, *structure.ffns)}  # those carry gates
     for name, module in owner.named_modules():
@@ -154,6 +177,7 @@ def record_exits_(model: PreTrainedModel) -> None:
     if options is not None:
         layout = {**record.layout, "exits": options}
         model.config.quantization_config = HfCompressConfig(record.plan_dict, layout, record.masks_dict, inner=record.inner)
+        stamp_parts_(model, model.config.quantization_config, [])
         return
     layout = copy.deepcopy({key: value for key, value in record.layout.items() if key != "exits"})
     edits = [edit for edit in record.plan_dict["edits"] if edit["edit"] != AddExits.__name__]

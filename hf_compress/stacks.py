@@ -13,13 +13,19 @@ from .modules import ConfigView
 # what a module calls its place in the stack
 INDEX = ("layer_idx", "layer_id", "layer_index", "layer_number", "block_idx")
 # what configs call the number of layers: of the only stack, or of one side
-DEPTH = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")
+DEPTH = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "depth")
 DEPTH_OF = {
     "encoder": ("encoder_layers", "num_encoder_layers", "encoder_num_hidden_layers", *DEPTH),
     "decoder": ("decoder_layers", "num_decoder_layers", "decoder_num_hidden_layers"),
 }
 # lists with one value a layer whose names do not say so
 PER_LAYER = ("depths", "attention_window")
+# lists of the layers that something holds for, by number
+INDICES = (
+    "attn_layer_indices", "fullatt_block_indexes", "full_attn_idxs", "global_attn_indexes", "window_block_indices",
+    "mlp_only_layers", "moe_layers", "hybrid_layer_ids", "cross_attention_layers", "deepstack_visual_indexes",
+    "local_layer_ids",
+)  # fmt: skip
 # a module of the first layer that computes something for all layers, and the flag that says so: it must move along
 CARRIED = (("relative_attention_bias", "has_relative_attention_bias"),)
 
@@ -85,11 +91,11 @@ def _configs(model: nn.Module, path: str) -> Iterator[tuple[Any, tuple[str, ...]
     side = next((word for word in reversed(path.split(".")) if word in DEPTH_OF), None)
     other = {"encoder": "decoder", "decoder": "encoder"}.get(side or "", "")
     # a config that both sides hang on counts each under its own name
-    of_other = {id(_base(m.config)) for n, m in names.items() if hasattr(m, "config") and other in n.split(".")}
+    of_other = {id(base_config(m.config)) for n, m in names.items() if hasattr(m, "config") and other in n.split(".")}
     two_sided = any(isinstance(m, nn.ModuleList) and len(m) and other in n.split(".") for n, m in names.items())
     seen: set[int] = set()
     for name, module in names.items():
-        config = _base(getattr(module, "config", None))
+        config = base_config(getattr(module, "config", None))
         near = not name or path == name or path.startswith(f"{name}.") or name.startswith(f"{path}.")
         if config is None or id(config) in seen or not near or not hasattr(config, "__dict__"):
             continue
@@ -98,7 +104,7 @@ def _configs(model: nn.Module, path: str) -> Iterator[tuple[Any, tuple[str, ...]
         yield config, DEPTH_OF[side] if shared and side else (*DEPTH, *DEPTH_OF.get(side or "", ()))
 
 
-def _base(config: Any) -> Any:
+def base_config(config: Any) -> Any:
     return config._hfc_base if isinstance(config, ConfigView) else config
 
 
@@ -106,12 +112,17 @@ def _count(config: Any, names: tuple[str, ...], path: str, depth: int, kept: tup
     values = vars(config)
     if len(values.get("stage_names") or ()) == depth + 1:
         _name_stages(config, kept, undo)
+    counts = any(type(values.get(name)) is int and values[name] == depth for name in names)
     stage = next((int(word) for word in reversed(path.split(".")) if word.isdigit()), None)
     for name, value in list(values.items()):
         if name in names and type(value) is int and value == depth and stage is None:
             new: Any = len(kept)
         elif name == "depths" and stage is not None and isinstance(value, list | tuple) and stage < len(value):
             new = [len(kept) if i == stage else n for i, n in enumerate(value)]
+        elif name in INDICES and isinstance(value, list | tuple) and stage is None:
+            if not counts or not all(type(v) is int and 0 <= v < depth for v in value):
+                continue
+            new = [kept.index(v) for v in value if v in kept]
         elif isinstance(value, list | tuple) and counts_layers(name, value) and len(value) == depth and stage is None:
             new = [value[i] for i in kept]
         else:
@@ -146,7 +157,7 @@ def config_numbers(model: nn.Module) -> dict[str, Any]:
 def counts_layers(key: str, value: Any) -> bool:
     """Whether a config value is one that removing layers may change."""
     if isinstance(value, list | tuple):
-        return ("layer" in key or key in PER_LAYER) and all(isinstance(v, str | int | float | None) for v in value)
+        return ("layer" in key or key in (*PER_LAYER, *INDICES)) and all(isinstance(v, str | int | float | None) for v in value)
     return type(value) is int and key in {*DEPTH, *DEPTH_OF["encoder"], *DEPTH_OF["decoder"]}
 
 
