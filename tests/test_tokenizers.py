@@ -30,7 +30,7 @@ def some_tokens(tokenizer, seed, part=3):
     return tuple(sorted(kept))
 
 
-def samples(tokenizer, kept, seed, count=150):
+def samples(tokenizer, kept, seed, count=90):
     draw = random.Random(seed)
     return [" ".join(draw.choices(WORDS, k=draw.randint(1, 3))) for _ in range(count)] + [
         tokenizer.decode(draw.choices(kept, k=draw.randint(2, 6))) for _ in range(count)

@@ -27,7 +27,6 @@ PER_LAYER = dict(
 )  # fmt: skip
 MODELS = {
     "bert tied": lambda: T.BertForMaskedLM(T.BertConfig(**TEXT)),
-    "bert untied": lambda: T.BertForMaskedLM(T.BertConfig(tie_word_embeddings=False, **TEXT)),
     "roberta": lambda: T.RobertaForMaskedLM(T.RobertaConfig(**TEXT)),
     "albert": lambda: T.AlbertForMaskedLM(T.AlbertConfig(embedding_size=32, **TEXT)),
     "electra": lambda: T.ElectraForMaskedLM(T.ElectraConfig(embedding_size=32, **TEXT)),
