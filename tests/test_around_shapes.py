@@ -17,11 +17,11 @@ from tests.composites import build_composite
 from tests.zoo import GQA, build, ids, outputs, random_plan
 
 FAMILIES = ("bert", "gpt2", "llama", "t5", "whisper", "vit")
-QUICK = ("bert", "llama")  # compilers take seconds for each of the others
 
 
-def some_slow(*families):
-    return [pytest.param(f, marks=() if f in QUICK else pytest.mark.slow) for f in families]
+def mostly_slow(families, *quick):
+    """The suite runs for every change; the rest with `make test-all`."""
+    return [pytest.param(f, marks=() if f in quick else pytest.mark.slow) for f in families]
 
 
 @functools.cache
@@ -38,7 +38,7 @@ def cut(family):
 # --- where weights lie -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", mostly_slow(FAMILIES, "bert", "llama", "t5"))
 def test_placed_and_offloaded(family, tmp_path):
     accelerate = pytest.importorskip("accelerate")
     model, batch, expected, folder = cut(family)
@@ -55,7 +55,7 @@ def test_placed_and_offloaded(family, tmp_path):
 # --- compilers ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", some_slow(*FAMILIES))
+@pytest.mark.parametrize("family", mostly_slow(FAMILIES, "llama"))
 def test_compiled_as_one_graph(family):
     model, batch, expected, _ = cut(family)
     graphs = []
@@ -70,7 +70,7 @@ def test_compiled_as_one_graph(family):
     assert len(graphs) == 1
 
 
-@pytest.mark.parametrize("family", some_slow(*FAMILIES))
+@pytest.mark.parametrize("family", mostly_slow(FAMILIES, "bert"))
 def test_exported(family):
     model, batch, expected, _ = cut(family)
     batch = batch if family == "vit" else {**batch, "use_cache": False}
@@ -85,7 +85,7 @@ def test_exported(family):
 # --- training ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", mostly_slow(FAMILIES, "bert", "llama", "t5"))
 def test_gradient_checkpointing_gives_the_same_gradients(family):
     model, batch, _, _ = cut(family)
     gradients = []
@@ -118,7 +118,9 @@ def test_tied_and_untied_heads(tied, tmp_path, fresh):
 
 
 @pytest.mark.parametrize(
-    ("family", "task"), [("bert", "SEQ_CLS"), ("llama", "CAUSAL_LM"), ("t5", "SEQ_2_SEQ_LM"), ("vit", None)]
+    ("family", "task"),
+    [("bert", "SEQ_CLS"), ("llama", "CAUSAL_LM")]
+    + [pytest.param(f, t, marks=pytest.mark.slow) for f, t in (("t5", "SEQ_2_SEQ_LM"), ("vit", None))],
 )
 def test_an_adapter_on_a_cut_model(family, task, tmp_path):
     peft = pytest.importorskip("peft")
@@ -180,8 +182,8 @@ def written(model, batch, **options):
     return made.sequences, torch.stack(made.logits, 1)
 
 
-@pytest.mark.parametrize("kept", [[0, 3], [1, 2, 3]])
-@pytest.mark.parametrize("name", MIXED)
+@pytest.mark.parametrize("kept", [pytest.param([0, 3], marks=pytest.mark.slow), [1, 2, 3]])
+@pytest.mark.parametrize("name", mostly_slow(MIXED, "gemma3", "qwen3_next", "bamba"))
 def test_layers_of_several_kinds_keep_their_caches(name, kept, tmp_path):
     """The text is longer than the window. Reference: the dense model with the layers skipped, without any cache."""
     torch.manual_seed(0)
@@ -200,7 +202,7 @@ def test_layers_of_several_kinds_keep_their_caches(name, kept, tmp_path):
             torch.testing.assert_close(steps, logits, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3"])
+@pytest.mark.parametrize("family", mostly_slow(("llama", "gpt2", "gemma3"), "llama"))
 def test_caches_of_layers_with_different_heads(family):
     """Chunked prefill makes a static cache before the first keys: its shape must not come from the config."""
     model, batch = build(family)
@@ -242,7 +244,9 @@ def test_one_paged_cache_for_all_layers_is_refused(tmp_path):
 # --- from_config -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, "modernbert", "swin", "wav2vec2", "mpnet"])
+@pytest.mark.parametrize(
+    "family", mostly_slow([*FAMILIES, "modernbert", "swin", "wav2vec2", "mpnet"], "bert", "gpt2", "t5", "modernbert")
+)
 def test_a_fresh_model_of_the_compressed_architecture(family, tmp_path):
     model, batch = build(family)
     hc.apply_(model, random_plan(model, ("heads", "neurons", "layers"))).save_pretrained(tmp_path / "small")
