@@ -146,7 +146,6 @@ def change_(
     undo = Later()
     try:
         for step in steps:
-            undo.waits = step is steps[-1]  # what comes after a step needs its weights
             if isinstance(step.edits[0], Substitution):
                 with within():
                     _substitute(model, step, inputs, undo)
@@ -159,6 +158,7 @@ def change_(
             elif isinstance(step.edits[0], KeepVocabulary):
                 inputs = _keep_vocabulary(model, step, inputs, undo)
             else:
+                undo.waits = step is steps[-1]  # what comes after a step needs its weights
                 _cut(model, step, inputs, undo, within)
         place = undo.forgotten(model)
         if place is not None:
