@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from .edits import CompressionError
 from .expert_cuts import Coupling, Get, cut_mixture_
@@ -126,6 +127,28 @@ def _many(args: Any, kwargs: Any, tokens: int) -> tuple[Any, Any]:
     return map_tensors(args, enlarged), map_tensors(dict(kwargs), enlarged)
 
 
+class _Unbinding(TorchFunctionMode):
+    """Experts that are read one by one from a stacked weight: one gradient for all, not one of its whole size for each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts: dict[int, tuple[torch.Tensor, ...]] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if func.__name__ == "__getitem__" and isinstance(args[0], nn.Parameter) and args[0].ndim > 1:
+            index = args[1]
+            if (
+                isinstance(index, torch.Tensor)
+                and index.ndim == 0
+                and not index.is_floating_point()
+                and index.dtype != torch.bool
+            ):
+                if id(args[0]) not in self.parts:
+                    self.parts[id(args[0])] = args[0].unbind(0)
+                return self.parts[id(args[0])][int(index)]
+        return func(*args, **(kwargs or {}))
+
+
 Alive = dict[str, torch.Tensor | None]
 
 
@@ -140,7 +163,8 @@ def _gradients(
         try:
             free.zero_grad(set_to_none=True)
             with torch.enable_grad():
-                out = _first(free(*map_tensors(args, torch.clone), **map_tensors(kwargs, torch.clone)))
+                with _Unbinding():
+                    out = _first(free(*map_tensors(args, torch.clone), **map_tensors(kwargs, torch.clone)))
                 draw = torch.Generator().manual_seed(2)
                 (out * torch.randn(out.shape, generator=draw).to(out.device)).sum().backward()
         finally:
