@@ -152,7 +152,8 @@ def _watch(module: nn.Module, seen: dict[Place, torch.Tensor], stack: ExitStack)
     shapes: dict[Place, int] = {}
     known: set[int] = set()
     for name, part in module.named_modules():
-        for kind in (part._parameters, part._buffers):
+        places: tuple[Any, ...] = (part._parameters, part._buffers)
+        for kind in places:
             for key, tensor in kind.items():
                 if tensor is None or not tensor.is_floating_point() or not tensor.ndim or id(tensor) in known:
                     continue

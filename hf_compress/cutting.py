@@ -252,7 +252,7 @@ def _select(
 ) -> None:
     """Let a module use, or give, only what belongs to the heads that stay (`modules.select_heads_`)."""
     before, config = getattr(module, "hfc_heads", None), getattr(module, "config", None)
-    hooks = [
+    hooks: list[tuple[Any, dict[Any, Any]]] = [
         (kept, dict(kept))
         for kept in (
             module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs,
@@ -308,8 +308,8 @@ def _ungate(module: nn.Module, block: Block, undo: Undo) -> None:
 def _keep(module: nn.Module, name: str, rows: torch.Tensor, dim: int, entry: dict, undo: Undo) -> None:
     old = module._parameters[name]
     assert old is not None
-    waits = isinstance(undo, Later) and undo.waits
-    kept = undo.put_off(module, name, old, rows, dim) if waits else sliced(old, rows, dim)
+    waits = undo if isinstance(undo, Later) and undo.waits else None
+    kept = sliced(old, rows, dim) if waits is None else waits.put_off(module, name, old, rows, dim)
     new = nn.Parameter(kept, requires_grad=old.requires_grad)
     undo.append(lambda: module._parameters.__setitem__(name, old))
     module._parameters[name] = new
