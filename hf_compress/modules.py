@@ -28,8 +28,9 @@ def width(linear: nn.Module, dim: int) -> int:
     if "weight_scale" in linear._parameters:  # packed: its shape says nothing
         return getattr(linear, ("out_features", "in_features")[dim])
     name, where = factor(linear, dim)
-    weight = linear._parameters[name]
-    assert isinstance(weight, torch.Tensor)
+    weight = linear._parameters.get(name)
+    if weight is None:  # parametrized: what it is computed from lies elsewhere
+        return getattr(linear, width_attribute(linear, dim))
     return weight.shape[where]
 
 

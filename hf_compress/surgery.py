@@ -313,7 +313,7 @@ def _unwrapped(model: Any) -> nn.Module:
 
 
 def _prove_all(model: nn.Module, resolved: Resolved, inputs: Mapping[str, Any] | None) -> dict[str, Variant]:
-    with probing(model, inputs) as run:
+    with torch.inference_mode(False), probing(model, inputs) as run:  # a proof takes gradients
         if resolved.removed:
             _try_layers(model, resolved, run)
         if not resolved.cuts:

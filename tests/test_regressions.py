@@ -102,15 +102,23 @@ def test_a_mask_that_could_not_work_is_not_offered():
     assert not structure.attentions and len(structure.ffns) == 2
 
 
-def test_raw_errors_of_a_proof_are_refusals():
+def test_forwards_that_name_their_full_width_are_cut_too():
+    tokens = torch.randint(5, 99, (2, 12), generator=torch.Generator().manual_seed(0))
     for kind, config in (
         (T.LongformerModel, T.LongformerConfig(attention_window=[4, 4, 4], pad_token_id=1, **TINY)),
         (T.XLMModel, T.XLMConfig(vocab_size=99, emb_dim=64, n_layers=3, n_heads=4)),
     ):
         model = kind(config).eval()
         name = hc.discover(model).attentions[0].name
-        with pytest.raises(hc.CompressionError):
-            hc.apply_(model, hc.Plan([hc.KeepHeads(name, [0, 2])]))
+        plan = hc.Plan([hc.KeepHeads(name, [0, 2])])
+        with torch.no_grad():
+            with hc.mask_(model, plan):
+                masked = model(tokens).last_hidden_state
+            cut = hc.apply_(model, plan)(tokens).last_hidden_state
+        torch.testing.assert_close(cut, masked, atol=1e-5, rtol=1e-5)
+
+
+def test_raw_errors_of_a_proof_are_refusals():
     model, _ = build("bert")
     model.bert.encoder.layer[0].lock = threading.Lock()  # cannot be copied
     with pytest.raises(hc.CompressionError, match="Cannot prove"):
