@@ -27,7 +27,9 @@ OUT = re.compile(
 )
 ATTENTION = re.compile(r"Attention|Attn")
 # what has such names and is neither: state-space and recurrent mixers, poolers with one query, maps without values
-NO_ATTENTION = re.compile(r"Mamba|SSM|Recurrent|DeltaNet|Deformable|AttentionMap|AttentionOutput|AttnAdapter|AttentionGRU|Rwkv")
+NO_ATTENTION = re.compile(
+    r"Mamba|SSM|Recurrent(?!Gemma(Sdpa)?Attention)|DeltaNet|Deformable|AttentionMap|AttentionOutput|AttnAdapter|AttentionGRU|Rwkv"
+)
 HEAD_DIM = (
     "v_head_dim",
     "value_head_dim",
@@ -86,6 +88,12 @@ def attentions_in(modules: dict[str, nn.Module]) -> Iterator[Attention]:
     seen: set[str] = set()
     for name, module in modules.items():
         kind = type(module).__name__
+        bare = [module._parameters.get(key) for key in "qkvo"]
+        if all(p is not None and p.ndim == 3 for p in bare):  # XLNet: (width, heads, size of a head), and einsum
+            heads = bare[0].shape[1]  # type: ignore[union-attr]
+            parts = [Part(name, 1, ("q",), key) for key in "qkvo"]
+            yield Attention(name, heads, heads, 1, name, tuple(parts), name, None, ("o", 1))
+            continue
         linears = projections(module)
         q, k, v = ([n for n in linears if pattern.match(n)] for pattern in (QUERY, KEY, VALUE))
         fused = [n for n in linears if FUSED.match(n)]
@@ -198,7 +206,8 @@ def ffns_in(modules: dict[str, nn.Module], taken: set[str]) -> Iterator[FeedForw
     seen: set[str] = set()
     names: set[str] = set()
     for name, module in modules.items():
-        if isinstance(module, nn.ModuleList | nn.ModuleDict) or MIXER.search(type(module).__name__):
+        kind = type(module).__name__
+        if isinstance(module, nn.ModuleList | nn.ModuleDict) or (MIXER.search(kind) and not FEED_FORWARD.search(kind)):
             continue
         experts = _experts(name, module)
         if experts is not None:
@@ -347,8 +356,10 @@ def _deep(module: nn.Module, prefix: str = "", depth: int = 0) -> dict[str, str]
             found[path] = path
         elif isinstance(child, nn.ModuleDict) or re.search(r"Expert|DenseAct|Router", type(child).__name__):
             continue  # blocks of their own
-        elif depth < 3 and not ATTENTION.search(type(child).__name__) and not FEED_FORWARD.search(type(child).__name__):
-            found |= _deep(child, path, depth + 1)
+        elif depth < 3 and not ATTENTION.search(type(child).__name__):
+            inner = _deep(child, path, depth + 1)
+            if len(inner) < 2 or not FEED_FORWARD.search(type(child).__name__):  # else a block of its own
+                found |= inner
     return {path.rpartition(".")[2] if "." not in path else path: path for path in found}
 
 

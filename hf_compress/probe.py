@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import torch
@@ -148,7 +148,7 @@ def probing(model: nn.Module, inputs: Mapping[str, Any] | None) -> Iterator[Call
     """A function `run(cache=False)` that runs a model on the proof's inputs, and gives a list of its outputs.
 
     With `inputs`, the model itself runs on them. Without, every transformers model that it is or holds runs on inputs made
-    for it, so that a module around one (a SentenceTransformer, say) needs none.
+    for it, so that a module around one (a SentenceTransformer, say) needs none; tokens once as they are, once with padding.
 
     Raises:
         NoInputs: there are no inputs, or the model does not run on them.
@@ -178,6 +178,13 @@ def probing(model: nn.Module, inputs: Mapping[str, Any] | None) -> Iterator[Call
                 f"{type(model).__name__} does not run on the proof's inputs ({names}): {type(error).__name__}: {error}. "
                 "Pass inputs=... with a small batch that it runs on."
             ) from error
+        for part, batch in list(parts) if inputs is None else ():
+            padded = _padded(part, batch)
+            if padded is None:
+                continue
+            with suppress(Exception), quiet_run(part) as run_part:  # where the model takes no such mask, there is none to prove
+                run_part(padded)
+                runs.append((stack.enter_context(quiet_run(part)), padded))
         if any(module._modules != children for module, children, _ in trees):  # BigBird, on inputs that are too short
             for module, children, settings in trees:
                 module._modules.clear()
@@ -188,6 +195,17 @@ def probing(model: nn.Module, inputs: Mapping[str, Any] | None) -> Iterator[Call
                 "of attention, say); they were put back. Pass inputs=... with a batch like those that it will see."
             )
         yield run
+
+
+def _padded(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The same tokens with the end of the last row hidden: attention takes other ways under a mask."""
+    ids = batch.get("input_ids")
+    names = inspect.signature(model.forward).parameters
+    if not isinstance(ids, torch.Tensor) or ids.ndim != 2 or "attention_mask" not in names or "attention_mask" in batch:
+        return None
+    mask = torch.ones_like(ids)
+    mask[-1, ids.shape[1] - ids.shape[1] // 3 :] = 0
+    return {**batch, "attention_mask": mask}
 
 
 def _settings(module: nn.Module) -> dict[str, Any]:
