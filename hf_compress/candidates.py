@@ -308,7 +308,9 @@ def _experts(name: str, module: nn.Module) -> FeedForward | None:
         else:
             continue
         parts = tuple(Part(name, dim, layouts, key) for key in ups)
-        return FeedForward(name, size, name, (*parts, Part(name, inside, (layout,), down)), name, (down, inside))
+        # DBRX hands the weights of one expert after the other to the forward of the module that holds them
+        scope = parent_of(name) if len(out) == 2 else name
+        return FeedForward(name, size, name, (*parts, Part(name, inside, (layout,), down)), scope, (down, inside))
     children = dict(module.named_children())
     one, two = children.get("input_linear"), children.get("output_linear")
     if one is not None and two is not None:  # Granite: ParallelExperts, each (E, out, in)

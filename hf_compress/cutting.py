@@ -149,6 +149,8 @@ def cut_(get: Callable[[str], nn.Module], cut: Cut, variant: Variant, undo: Undo
     if variant.narrow and isinstance(block, Attention):
         _narrow(owner, block.size * block.head_dim, len(cut.kept) * block.head_dim, entry, undo)
     if variant.wide:
+        if isinstance(block, Attention):  # the width of all keys
+            sizes[block.num_key_value_heads * block.head_dim] = len(cut.kept_kv) * block.head_dim
         _set_wide(get, cut, variant, {**sizes, **{old: new for _, old, new in reversed(named)}}, record, undo)
     if isinstance(block, Attention):
         _adapt(owner, block, cut, variant, entry, undo)
@@ -174,7 +176,7 @@ def size_attributes(module: nn.Module, key: str, dim: int) -> tuple[str, ...]:
 
 
 # what an attribute of a module never is: a size that heads or neurons change
-_OTHER = {*INDEX, "head_dim", "head_size", "hidden_size", "d_model", "training", "padding_idx", "attention_head_size"}
+_OTHER = {*INDEX, "head_dim", "head_size", "training", "padding_idx", "attention_head_size"}
 
 
 def _set_wide(

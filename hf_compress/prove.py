@@ -290,7 +290,7 @@ def _check_separable(free: nn.Module, block: Block, parts: tuple[Part, ...], sco
         module = _finder(free, scope)(part.module)
         weight = None if part.argument else module._parameters.get(part.parameter or "weight")
         reads = part.module == block.out and (block.consumer is None or part.parameter == block.consumer[0])
-        if not reads and weight is not None and (isinstance(module, MAKERS) or weight.ndim == 3):
+        if not reads and weight is not None and (isinstance(module, MAKERS) or weight.numel() > max(weight.shape)):
             return  # something makes this unit and no other
     out = _finder(free, scope)(block.out)
     size = out.hfc_gate.numel()  # type: ignore[union-attr,operator]
