@@ -171,7 +171,7 @@ def _open(kind: type[PreTrainedModel], config: Any, folder: Path, files: list[Pa
         weights.update(pages.read(file))
     with _one_thread(), torch.no_grad(), pages.spooled():
         loaded: Any = kind.from_pretrained(None, config=config, state_dict=weights, output_loading_info=True)
-        model, info = loaded
+    model, info = loaded
     for what in ("missing_keys", "mismatched_keys"):
         found = sorted(str(key[0] if isinstance(key, tuple) else key) for key in info[what])
         if found:
