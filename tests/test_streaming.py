@@ -165,6 +165,7 @@ def test_wrong_arguments_and_refused_plans_leave_the_folder_that_was_there(tmp_p
     for wrong, message in [
         (("in", hc.Plan([hc.KeepHeads("nowhere", [0])]), "out"), "no attention named 'nowhere'"),
         (("in", hc.Plan([hc.AddExits([0])]), "out"), "load the model, apply_ the exits"),
+        (("in", hc.Plan([hc.KeepVocabulary(range(50))]), "out"), "the tokenizer that lies beside"),
         (("in", [hc.KeepHeads("x", [0])], "out"), "Expected a Plan, got list"),
         (("in", plan, "in"), "another folder"),
         (("in", plan, "in/small"), "another folder"),
