@@ -114,7 +114,7 @@ class Pages:
         """The same values in a file of their own, which goes when the tensor does."""
         flat = tensor.detach().contiguous().reshape(-1)
         with tempfile.TemporaryFile(dir=self.scratch) as file:
-            file.write(memoryview(flat.view(torch.uint8).numpy()))  # type: ignore[arg-type]  # not through the map: a full disk is an error then
+            file.write(flat.view(torch.uint8).numpy().data)  # not through the map: a full disk is an error then
             file.flush()
             area = self._map(file.fileno(), private=False)
         return torch.frombuffer(area, dtype=tensor.dtype).view(tensor.shape)

@@ -15,7 +15,7 @@ import transformers
 from torch import nn
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel, modeling_utils
 
-from .edits import AddExits, CompressionError, shown
+from .edits import AddExits, CompressionError, KeepVocabulary, shown
 from .files import staged
 from .paging import SMALL, Pages
 from .plan import Plan
@@ -49,7 +49,7 @@ def apply_to_folder(
 
     Args:
         folder (path): what `save_pretrained` wrote: a `config.json` and safetensors files, in shards or not, compressed or not.
-        plan (`Plan`): the edits, in order; everything that `apply_` takes but `AddExits`.
+        plan (`Plan`): the edits, in order; what `apply_` takes but `AddExits`, `KeepVocabulary`.
         out (path): another folder. It is made, or its model replaced, when everything is on disk; it gets the tokenizer's and
             processor's files too.
         max_shard_size (`int` or `str`, defaults to `"1GB"`): of the files that are written.
@@ -84,6 +84,11 @@ def apply_to_folder(
     if any(isinstance(edit, AddExits) for edit in plan):
         raise CompressionError(
             "Exits are drawn at random and then trained, so a folder is not enough: load the model, apply_ the exits, train."
+        )
+    if any(isinstance(edit, KeepVocabulary) for edit in plan):
+        raise CompressionError(
+            "KeepVocabulary renumbers tokens, and the tokenizer that lies beside the weights would not follow: load the model, "
+            "apply_ that edit and cut the tokenizer; the rest of the plan can then be applied to the folder."
         )
     if target.resolve() == source.resolve() or source.resolve() in target.resolve().parents:
         raise CompressionError(
@@ -171,7 +176,7 @@ def _open(kind: type[PreTrainedModel], config: Any, folder: Path, files: list[Pa
         weights.update(pages.read(file))
     with _one_thread(), torch.no_grad(), pages.spooled():
         loaded: Any = kind.from_pretrained(None, config=config, state_dict=weights, output_loading_info=True)
-        model, info = loaded
+    model, info = loaded
     for what in ("missing_keys", "mismatched_keys"):
         found = sorted(str(key[0] if isinstance(key, tuple) else key) for key in info[what])
         if found:

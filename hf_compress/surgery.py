@@ -154,7 +154,8 @@ def change_(
             elif isinstance(step.edits[0], AddExits):
                 _add_exits(model, step, inputs, undo)
             elif isinstance(step.edits[0], KeepExperts):
-                _experts(model, step, inputs, undo)
+                with within():
+                    _experts(model, step, inputs, undo)
             elif isinstance(step.edits[0], KeepVocabulary):
                 inputs = _keep_vocabulary(model, step, inputs, undo)
             else:
