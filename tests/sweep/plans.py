@@ -69,9 +69,11 @@ def experts(model: Any, draw: random.Random) -> list[Any]:
     """Some experts of every mixture, no fewer than a token goes through."""
     chosen = []
     for i, m in enumerate(hc.discover(model).experts):  # type: ignore[attr-defined]
-        least = max(m.top_k or 1, m.num_experts - 1 - i % 2)
-        if least < m.num_experts:
-            chosen.append(hc.KeepExperts(m.name, sorted(draw.sample(range(m.num_experts), least))))  # type: ignore[attr-defined]
+        size = m.num_experts // m.groups  # of which a router first chooses some: equally many stay in each
+        least = max(2 if m.biases and m.groups > 1 else 1, -(-(m.top_k or 1) // m.groups_chosen), size - 1 - i % 2)
+        if least < size:
+            kept = [g * size + e for g in range(m.groups) for e in draw.sample(range(size), least)]
+            chosen.append(hc.KeepExperts(m.name, sorted(kept)))  # type: ignore[attr-defined]
     return chosen
 
 
