@@ -98,6 +98,11 @@ def coupled(
         if bool(dead.any()) and key == "bias" and sibling is not None:
             owner = torch.where(dead, sibling, owner)  # a key's bias moves all scores alike: softmax does not see it
         found[name, key, dim] = owner
+    for name, key, dim in [place for place in found if place[1] == "bias" and place[0] != ARGUMENT]:
+        out = 1 if isinstance(module.get_submodule(name), Conv1D) else 0
+        weight = owners.get((name, "weight", out))
+        if weight is not None and len(weight) == len(found[name, key, dim]) and bool((weight == SHARED).all()):
+            del found[name, key, dim]  # a key's bias: softmax does not see it, and what is left of its gradient may be 0
     reads = [owner for owner in found.values() if len(owner) == len(units) and bool((owner == units.cpu()).any())]
     if reads and any(bool((owner == DEAD).any()) for owner in reads):
         dead = int(max((owner == DEAD).sum() for owner in reads))

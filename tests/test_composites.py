@@ -51,7 +51,9 @@ def part_output(model, kind, path, key, batch):
 
 
 # what the others show as well, in other words
-SLOW = ("chinese_clip", "altclip", "clipseg", "vision_text", "speech_encoder_decoder", "paligemma")
+SLOW = (
+    "siglip", "chinese_clip", "altclip", "clipseg", "blip", "vision_text", "speech_encoder_decoder", "paligemma", "gemma3",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow if n in SLOW else ()) for n in COMPOSITES])
