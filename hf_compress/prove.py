@@ -144,7 +144,8 @@ def _copy(module: nn.Module) -> nn.Module:
             (part._forward_pre_hooks, part._forward_pre_hooks_with_kwargs),
         ):
             for key, hook in list(hooks.items()):
-                if getattr(hook, "hfc_stand_in", False):
+                # nor one of transformers' that notes hidden states: it would note them twice
+                if getattr(hook, "hfc_stand_in", False) or getattr(hook, "__name__", "") == "output_capturing_hook":
                     hooks.pop(key)
                     more.pop(key, None)
     return double.requires_grad_(False)
