@@ -61,7 +61,8 @@ def prove(model: nn.Module, cuts: list[Cut], run: Callable[[], list[Any]], maske
     progress = tqdm(total=len(groups), desc="prove", unit="block", leave=False, disable=None, delay=3)
 
     given: dict[str, list[tuple[Any, Any]]] = {scope: [] for scope in groups}
-    known: dict[Any, tuple[Part, ...]] = {}  # what was found for blocks that are built alike
+    known: dict[Any, Any] = {}  # what was found, and proved, for blocks that are built alike
+    taken: set[str] = set()  # blocks whose variant was proved on another one
 
     states: list[torch.Tensor] = []  # of the random numbers, as each block found them (Informer draws keys)
 
@@ -76,18 +77,36 @@ def prove(model: nn.Module, cuts: list[Cut], run: Callable[[], list[Any]], maske
             progress.update()
         for cut in group:
             if cut.block.name not in proved:
-                proved[cut.block.name] = _prove_structure(modules, scope, group, cut, args, kwargs, known)
+                proved[cut.block.name], alike = _prove_structure(modules, scope, group, cut, args, kwargs, known)
+                taken.update([cut.block.name] if alike else [])
                 give_back()
-        args, kwargs = _Fresh(args)(), _Fresh(kwargs)()
-        double = _copy(module)
-        for cut in group:
-            cut_(_finder(double, scope), cut, proved[cut.block.name], _Dropped())
-        after = torch.get_rng_state()
-        torch.set_rng_state(states.pop())
-        replaced = double(*args, **kwargs)
-        torch.set_rng_state(after)
-        _compare(output, replaced, f"the cut of {_names(group)}", first_only=True)
-        return replaced
+        state = states.pop()
+
+        def replaced() -> Any:
+            double = _copy(module)
+            for cut in group:
+                cut_(_finder(double, scope), cut, proved[cut.block.name], _Dropped())
+            after = torch.get_rng_state()
+            torch.set_rng_state(state)
+            try:
+                return double(*_Fresh(args)(), **_Fresh(kwargs)())
+            finally:
+                torch.set_rng_state(after)
+
+        what = f"the cut of {_names(group)}"
+        try:
+            result = replaced()
+            _compare(output, result, what, first_only=True)
+        except Exception:  # what was proved on another block may not be true of this one: then it is proved by itself
+            mine = [cut for cut in group if cut.block.name in taken]
+            if not mine:
+                raise
+            for cut in mine:
+                proved[cut.block.name], _ = _prove_structure(modules, scope, group, cut, args, kwargs, {})
+                taken.discard(cut.block.name)
+            result = replaced()
+            _compare(output, result, what, first_only=True)
+        return result
 
     with masked(), progress:
         reference = run()
@@ -188,8 +207,12 @@ def _randomize(module: nn.Module, seed: int = 0) -> None:
 
 def _prove_structure(
     modules: dict[str, nn.Module], scope: str, group: list[Cut], cut: Cut, args: Any, kwargs: Any, known: dict
-) -> Variant:
-    """What belongs to the units of one block, and the first guess under which cut and mask agree whatever the weights are."""
+) -> tuple[Variant, bool]:
+    """What belongs to the units of one block, and the first guess under which cut and mask agree whatever the weights are.
+
+    Returns:
+        that guess, and whether it was proved on another block that is built alike.
+    """
     module = modules[scope]
 
     def to_float(tensor: torch.Tensor) -> torch.Tensor:
@@ -212,8 +235,16 @@ def _prove_structure(
             f"Cannot prove a cut of {block.name!r}: {f'{scope}.{broken[0]}'.lstrip('.')} holds NaN or infinities. If a "
             "training diverged, go back to a checkpoint from before (a lower learning rate, max_grad_norm or bf16 may help)."
         )
+    key = (_signature(module), block.size, block.name[len(scope) :], block.out[len(scope) :])
+    whole = len(cut.kept) == len(cut.kept_kv) * block.groups if isinstance(block, Attention) else True
+    if (key, whole) in known:
+        variant = _named(known[key, whole], scope)
+        for part in variant.parts:
+            if part.argument is None:
+                check_part(modules, part)
+        check_sharing(modules, block, variant.parts)
+        return variant, True
     free, gate = drawn()
-    key = (_signature(free), block.size, block.name[len(scope) :], block.out[len(scope) :])
     if key not in known:
         known[key] = _find_parts(free, block, gate, args(), kwargs())
 
@@ -229,7 +260,7 @@ def _prove_structure(
             f"Cannot prove a cut of {block.name!r}: masking its output projection {block.out!r} changes nothing, "
             "so what `discover` took for heads or neurons is something else. Leave it out of the plan."
         )
-    parts = tuple(replace(part, module=f"{scope}.{part.module}".strip(".")) for part in known[key])
+    parts = _named(Variant(known[key]), scope).parts
     for part in parts:
         if part.argument is None:
             check_part(modules, part)
@@ -259,7 +290,9 @@ def _prove_structure(
             continue
         reason = f"cut and mask differ by {worst:.1e} of the largest output"
         if worst <= tolerance(torch.float32):
-            return variant
+            after = tuple(name[len(scope) :].lstrip(".") for name in variant.after)
+            known[key, whole] = replace(variant, parts=known[key], after=after)
+            return variant, False
     mixed = sorted({part.module for part in block.parts if part.dim == 0} - {part.module for part in parts})
     units = "heads" if isinstance(block, Attention) else "neurons"
     if mixed:
@@ -268,6 +301,12 @@ def _prove_structure(
         f"Cannot cut {block.name!r} ({type(module).__name__}) exactly, so nothing was changed: {reason}. "
         f"Its {units} are tied to something that is not known here; leave it out of the plan."
     )
+
+
+def _named(variant: Variant, scope: str) -> Variant:
+    """What was found in a module, with the paths that its parts have in the model."""
+    parts = tuple(replace(part, module=f"{scope}.{part.module}".strip(".")) for part in variant.parts)
+    return replace(variant, parts=parts, after=tuple(f"{scope}.{name}".strip(".") for name in variant.after))
 
 
 class _Fresh:
@@ -314,6 +353,7 @@ def _signature(module: nn.Module) -> tuple:
     rows = []
     for name, part in module.named_modules():
         numbers = tuple(sorted((k, v) for k, v in vars(part).items() if isinstance(v, int | float | str) and k not in INDEX))
+        numbers += (str(vars(part).get("hfc_heads")),)
         shapes = tuple((k, tuple(p.shape)) for k, p in part._parameters.items() if p is not None)
         rows.append((name, type(part).__name__, numbers, shapes))
     return tuple(rows)
