@@ -83,7 +83,8 @@ def coupled(
             owners[place] = owner if before is None else _both(before, owner)
         following = {place: o for place, o in owners.items() if bool((o >= 0).any())}
         before, silent = silent, sum(int((o == DEAD).sum()) for place, o in following.items() if place[1] != "bias")
-        if following and (silent == 0 or (silent == before and seed > 12)):
+        # at least twice: a ReLU may be silent just when one head is hidden, but not so for the same head again
+        if seed and following and (silent == 0 or (silent == before and seed > 12)):
             break
     found = {place: owner for place, owner in owners.items() if bool((owner >= 0).any())}
     for (name, key, dim), owner in owners.items():  # what is multiplied by zeros (a decoder's first values): as its bias
@@ -110,7 +111,9 @@ def coupled(
             f"{dead} of {count} units are silent on the proof's inputs whatever the weights are, so what belongs to them "
             "cannot be found. Pass inputs=... with a larger batch."
         )
-    return {place: owner.where(owner >= 0, SHARED) for place, owner in found.items()}
+    alike = {place: torch.bincount(owner[owner >= 0], minlength=count) for place, owner in found.items()}
+    whole = {place for place, rows in alike.items() if bool((rows == rows[0]).all())}  # each unit has as many rows as any other
+    return {place: owner.where(owner >= 0, SHARED) for place, owner in found.items() if place in whole}
 
 
 def _both(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:

@@ -64,6 +64,14 @@ CALLS = [
     (lambda m, e: hc.plan_quantization(5, bits=8), "model", "int"),
     (lambda m, e: hc.plan_vocabulary(m, None, ["a"]), "fast tokenizer", "NoneType"),
     (lambda m, e: hc.cut_tokenizer(m, [0, 1]), "fast tokenizer", "BertForSequenceClassification"),
+    (lambda m, e: hc.channel_groups("resnet"), "model", "str"),
+    (lambda m, e: hc.channel_groups(m.config), "model", "BertConfig"),
+    (lambda m, e: hc.plan_experts(None, [], keep=1), "model", "None"),
+    (lambda m, e: hc.plan_experts(m, [], keep=1), "no mixture of experts", "discover"),
+    (lambda m, e: hc.from_config("bert"), "config", "got str"),
+    (lambda m, e: hc.from_config(m.config, auto_class=5), "auto_class", "got 5"),
+    (lambda m, e: hc.apply_to_folder("nowhere", hc.Plan(), "out"), "nowhere", "save_pretrained"),
+    (lambda m, e: hc.apply_to_folder("nowhere", None, "out"), "Plan", "NoneType"),
     # --- apply_ and mask_
     (lambda m, e: hc.apply_(m, None), "Plan", "NoneType"),
     (lambda m, e: hc.apply_(m, [hc.KeepNeurons(FFN, [0])]), "Plan", "list"),
@@ -119,6 +127,8 @@ CALLS = [
     (lambda m, e: hc.KeepHeads("a", {"b": 1}), "heads", "got 'b'"),
     (lambda m, e: hc.KeepHeads("a", 3), "heads", "got 3"),
     (lambda m, e: hc.KeepNeurons("a", [NAN]), "neurons", "got nan"),
+    (lambda m, e: hc.KeepChannels("a", [-1]), "channels", "-1"),
+    (lambda m, e: hc.KeepExperts("a", "x"), "experts", "got 'x'"),
     (lambda m, e: hc.KeepNeurons("a", "x" * 10**6), "neurons", "xxx"),
     (lambda m, e: hc.KeepLayers(None), "layers", "got None"),
     (lambda m, e: hc.KeepLayers([0], 1), "stack", "got 1"),
@@ -327,7 +337,15 @@ def test_what_would_change_is_seen():
 def test_every_public_name_is_called_wrongly():
     called = {name for call in (*(row[0] for row in CALLS), tune, distilling) for name in call.__code__.co_names}
     # errors, what `discover` gives, and classes whose arguments are those of transformers
-    not_called = {"CompressionError", "PushError", "RecipeError", "Structure", "CompressionTrainer", "DistillationMixin"}
+    not_called = {
+        "CompressionError",
+        "PushError",
+        "RecipeError",
+        "Structure",
+        "ChannelGroup",
+        "CompressionTrainer",
+        "DistillationMixin",
+    }
     assert set(hc.__all__) - called <= not_called, "a new public name comes with its wrong calls"
 
 
