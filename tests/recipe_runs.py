@@ -71,7 +71,9 @@ def check_shipped(path: Path, tmp_path: Path) -> None:
     assert {"README.md", "recipe.yaml", "compression_plan.json"} <= {p.name for p in out.iterdir()}
     kinds = {type(edit).__name__ for edit in Plan.load(out)}
     assert "Quantize" in kinds and ("KeepLayers" if "distill" in names else "KeepNeurons") in kinds
-    assert again(path.stem, recipe, out) == pytest.approx(report.model.metrics[metric], abs=1e-6)
+    assert again(path.stem, recipe, out) == pytest.approx(
+        report.model.metrics[metric], rel=1e-6, abs=1e-6
+    )  # float32, other batches
 
 
 def again(task: str, recipe: dict, out: Path) -> float:
