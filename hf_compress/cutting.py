@@ -192,6 +192,8 @@ def _set_wide(
             continue
         for name, value in list(vars(module).items()):
             if type(value) is int and name not in _OTHER and not name.startswith("_") and sizes.get(value, value) != value:
+                if path != owner and "head" not in name:
+                    continue  # what computes positions, say, makes its tables from its own sizes when the model is loaded
                 if name not in record.get(path, {}).get("attributes", {}):
                     _set(module, name, sizes[value], record.setdefault(path, {}), undo)
 

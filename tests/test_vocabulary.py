@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import transformers as T
+from packaging import version
 from torch import nn
 
 import hf_compress as hc
@@ -76,8 +77,15 @@ def hidden(output):
     return [t for key, value in output.items() if key.endswith("hidden_states") and value is not None for t in value]
 
 
+def shorter_tables() -> None:
+    if version.parse(T.__version__) < version.parse("5.21"):
+        pytest.skip("transformers 5.20 looks Gemma3n's ids up beyond the end of its shorter table, so its model does not run")
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_kept_tokens_compute_as_before_and_plain_transformers_loads_the_rest(name, tmp_path, plain):
+    if name == "gemma3n":
+        shorter_tables()
     model = made(MODELS[name])
     kept = [token for token in KEPT if token < model.config.vocab_size]
     old, new = batch_for(model)
@@ -98,6 +106,7 @@ def test_kept_tokens_compute_as_before_and_plain_transformers_loads_the_rest(nam
 
 
 def test_tables_that_the_same_ids_are_looked_up_in_may_be_shorter():
+    shorter_tables()
     model = made(MODELS["gemma3n"])
     rows = model.model.embed_tokens_per_layer.weight.clone()
     hc.apply_(model, hc.Plan([hc.KeepVocabulary(KEPT)]))
