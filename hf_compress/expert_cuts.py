@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from .cutting import Undo, _keep, _set
+from .heads import ConfigView
 from .mixtures import COUNTS, GROUPS, Mixture, experts_of
-from .modules import ConfigView
 
 Get = Callable[[str], nn.Module]
 

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from .cutting import Undo
-from .modules import ConfigView
+from .heads import ConfigView
 
 # what a module calls its place in the stack
 INDEX = ("layer_idx", "layer_id", "layer_index", "layer_number", "block_idx")
