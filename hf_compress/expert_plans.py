@@ -8,11 +8,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 
 from .discover import discover
 from .edits import CompressionError, KeepExperts, shown
-from .grams import checked_batches
+from .grams import checked_batches, run_batches
 from .mixtures import Mixture
 from .plan import Plan
 from .probe import quiet_run
@@ -122,7 +121,6 @@ def measure_experts(
     weighed = {m.name: torch.zeros(m.num_experts, dtype=torch.float64) for m in mixtures}
     tokens = dict.fromkeys(picked, 0)
     masks: dict[str, torch.Tensor | None] = {}
-    two_sided = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
     def see(mixture: Mixture, values: Any) -> bool:
         found = picks_in(mixture, values)
@@ -147,7 +145,6 @@ def measure_experts(
         if not done.get(mixture.name):
             done[mixture.name] = see(mixture, (*args, *kwargs.values()))
 
-    device = next(model.parameters()).device
     done: dict[str, bool] = {}
     handles = []
     try:
@@ -159,21 +156,8 @@ def measure_experts(
                 elif "expert" in name:
                     handles.append(child.register_forward_pre_hook(partial(before, mixture), with_kwargs=True))
         with quiet_run(model) as run:
-            for batch in tqdm(batches, desc="count experts", unit="batch", leave=False, disable=None, delay=3):
-                batch = {
-                    k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items() if "label" not in str(k)
-                }
-                for side, key in (("encoder", ""), ("decoder", "decoder_" if two_sided else "")):
-                    mask = batch.get(f"{key}attention_mask")
-                    masks[side] = mask if isinstance(mask, torch.Tensor) and mask.ndim == 2 else None
+            for _ in run_batches(model, run, batches, masks, "count experts"):
                 done.clear()
-                try:
-                    run(batch)
-                except Exception as error:  # a model may refuse a batch in any way
-                    raise CompressionError(
-                        f"{type(model).__name__} does not run on a batch ({', '.join(map(str, batch))}): "
-                        f"{type(error).__name__}: {error}"
-                    ) from error
     finally:
         for handle in handles:
             handle.remove()

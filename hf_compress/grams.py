@@ -60,8 +60,6 @@ def measure_grams(
     leader: dict[str, str] = {}  # query, key and value read one tensor: it is multiplied once
     last: list[Any] = [None, ""]
     masks: dict[str, torch.Tensor | None] = {}
-    two_sided = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
-    device = next(model.parameters()).device
 
     def hook(name: str) -> Callable[..., None]:
         def before(module: nn.Module, args: Any) -> None:
@@ -83,17 +81,31 @@ def measure_grams(
     with quiet_run(model) as run, ExitStack() as stack:
         for name, module in modules.items():
             stack.callback(module.register_forward_pre_hook(hook(name)).remove)
-        for batch in tqdm(batches, desc="calibrate", unit="batch", leave=False, disable=None, delay=3):
-            batch = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items() if "label" not in str(k)}
-            for side, key in (("encoder", ""), ("decoder", "decoder_" if two_sided else "")):
-                found = batch.get(f"{key}attention_mask")
-                masks[side] = found if isinstance(found, torch.Tensor) and found.ndim == 2 else None
-            try:
-                run(batch)
-            except Exception as error:  # a model may refuse a batch in any way
-                raise CompressionError(
-                    f"{type(model).__name__} does not run on a batch ({', '.join(map(str, batch))}): "
-                    f"{type(error).__name__}: {error}"
-                ) from error
+        for _ in run_batches(model, run, batches, masks, "calibrate"):
             last[:] = [None, ""]
     return {name: grams[leader[name]] for name in modules if leader.get(name) in grams}
+
+
+def run_batches(
+    model: nn.Module,
+    run: Callable[..., Any],
+    batches: list[Mapping[str, Any]],
+    masks: dict[str, torch.Tensor | None],
+    what: str,
+) -> Iterator[None]:
+    """Run a model on batches without their labels, one a turn; `masks` says, meanwhile, which tokens of each side are real."""
+    two_sided = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+    device = next(model.parameters()).device
+    for batch in tqdm(batches, desc=what, unit="batch", leave=False, disable=None, delay=3):
+        batch = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items() if "label" not in str(k)}
+        for side, key in (("encoder", ""), ("decoder", "decoder_" if two_sided else "")):
+            found = batch.get(f"{key}attention_mask")
+            masks[side] = found if isinstance(found, torch.Tensor) and found.ndim == 2 else None
+        try:
+            run(batch)
+        except Exception as error:  # a model may refuse a batch in any way
+            raise CompressionError(
+                f"{type(model).__name__} does not run on a batch ({', '.join(map(str, batch))}): "
+                f"{type(error).__name__}: {error}"
+            ) from error
+        yield
