@@ -68,11 +68,6 @@ MIXER = re.compile(r"Mamba|SSM|Recurrent|DeltaNet|Rwkv|ShortConv|LinearAttention
 # whatever an `up` of a later sibling is called: registered after the projection that it feeds
 LATE_UP = ("w3", "up_proj", "gate_proj", "up", "gate")
 
-# How the units of a block lie along one dimension of a projection, where that is known to be open.
-FUSED_LAYOUTS = ("q|k|v", "(qkv)")
-FUSED_UP_LAYOUTS = ("n|n", "(nn)")
-OPEN = ("?", "?")  # found from the computation alone
-
 # Attentions that share one position bias among the layers of a stack: the bias stays whole, each selects its heads.
 SHARED_BIAS: tuple[tuple[str, str], ...] = (
     (r"(T5|MT5|LongT5|SwitchTransformers|Pop2Piano)Attention", "interface"),
@@ -91,7 +86,7 @@ def attentions_in(modules: dict[str, nn.Module]) -> Iterator[Attention]:
         bare = [module._parameters.get(key) for key in "qkvo"]
         if all(p is not None and p.ndim == 3 for p in bare):  # XLNet: (width, heads, size of a head), and einsum
             heads = bare[0].shape[1]  # type: ignore[union-attr]
-            parts = [Part(name, 1, ("q",), key) for key in "qkvo"]
+            parts = [Part(name, 1, "q", key) for key in "qkvo"]
             yield Attention(name, heads, heads, 1, name, tuple(parts), name, None, ("o", 1))
             continue
         linears = projections(module)
@@ -115,18 +110,14 @@ def attentions_in(modules: dict[str, nn.Module]) -> Iterator[Attention]:
         config = getattr(module, "config", None)
         heads = _integer(module, NUM_HEADS) or (_integer(config, NUM_HEADS) if named else None)
         head_dim = _integer(module, HEAD_DIM)
-        if (
-            head_dim is None
-            or inner % head_dim
-            or (heads and inner % heads == 0 and "v_head_dim" in HEAD_DIM and _mla(linears))
-        ):
+        if head_dim is None or inner % head_dim or (heads and inner % heads == 0 and _mla(linears)):
             head_dim = inner // heads if heads and inner % heads == 0 else None
         if head_dim is None or inner % head_dim:
             continue
         num_heads = inner // head_dim
         kv, parts = _inputs(modules, name, module, linears, ins, num_heads, head_dim)
         seen.add(out)
-        parts.append(Part(out, 1, ("q",)))
+        parts.append(Part(out, 1, "q"))
         shared = next((how for pattern, how in SHARED_BIAS if re.fullmatch(pattern, kind)), None)
         scope = _scope(modules, [part.module for part in parts])
         consumer = ("weight", 1) if is_own_linear(modules[out]) else None
@@ -145,24 +136,23 @@ def _inputs(
     inner = heads * dim
     said = _integer(module, NUM_KV_HEADS) or _integer(getattr(module, "config", None), NUM_KV_HEADS)
     q, k, v = ([n for n in ins if pattern.match(n)] for pattern in (QUERY, KEY, VALUE))
+    layouts: dict[str, str] = {}
     plain = len(ins) == 3 and bool(q and k and v)
     if plain and widths[q[0]] == inner and widths[k[0]] == widths[v[0]] and _divides(widths[k[0]], dim, heads):
         kv = widths[k[0]] // dim
-        layouts = {q[0]: ("q",), k[0]: ("kv",), v[0]: ("kv",)}
+        layouts = {q[0]: "q", k[0]: "kv", v[0]: "kv"}
     elif len(ins) == 1 and (widths[ins[0]] - inner) % (2 * dim) == 0 and _divides((widths[ins[0]] - inner) // 2, dim, heads):
         kv = (widths[ins[0]] - inner) // (2 * dim)
-        layouts = {ins[0]: FUSED_LAYOUTS}
     else:
-        layouts = {}
         if _mla(linears):
             kv = heads
         elif any(_divides(widths[n], dim, heads) for n in (*k, *v)):  # keys may be shared where values are not
             kv = min(widths[n] // dim for n in (*k, *v) if _divides(widths[n], dim, heads))
         else:
             kv = said if said and heads % said == 0 else heads
-    parts = [Part(join(name, linears[n]), 0, layouts.get(n, OPEN)) for n in ins]
+    parts = [Part(join(name, linears[n]), 0, layouts.get(n)) for n in ins]
     others = [n for n in linears if n not in ins and not OUT.match(n)]
-    return kv, parts + [Part(join(name, linears[n]), 0, OPEN) for n in others]
+    return kv, parts + [Part(join(name, linears[n]), 0, None) for n in others]
 
 
 def _divides(total: int, dim: int, heads: int) -> bool:
@@ -174,18 +164,13 @@ def _out_beside(modules: dict[str, nn.Module], name: str, module: nn.Module) -> 
     parent = parent_of(name)
     if isinstance(modules[parent], nn.ModuleList | nn.ModuleDict):
         return None
-    for sibling, child in modules[parent].named_children():
-        if child is not module and not ATTENTION.search(
-            type(child).__name__.removesuffix("Output").removesuffix("SelfAttention")
-        ):
-            for n, path in projections(child).items():
-                if OUT.match(n) and not _is_pair(child):
-                    return join(parent, sibling, path)
-    for sibling, child in modules[parent].named_children():
-        if child is not module:
-            for n, path in projections(child).items():
-                if OUT.match(n) and not _is_pair(child):
-                    return join(parent, sibling, path)
+    beside = [(sibling, child) for sibling, child in modules[parent].named_children() if child is not module]
+    for sibling, child in sorted(
+        beside, key=lambda pair: bool(ATTENTION.search(type(pair[1]).__name__.removesuffix("Output")))
+    ):
+        for n, path in projections(child).items():
+            if OUT.match(n) and not _is_pair(child):
+                return join(parent, sibling, path)
     direct = projections(modules[parent])
     return next((join(parent, path) for n, path in direct.items() if OUT.match(n)), None)
 
@@ -231,14 +216,14 @@ def ffns_in(modules: dict[str, nn.Module], taken: set[str]) -> Iterator[FeedForw
             for down, ups in found:
                 seen.add(down)
                 inner = width(modules[down], 1)
-                parts = [Part(up, 0, ("n",) if width(modules[up], 0) == inner else FUSED_UP_LAYOUTS) for up in ups]
+                parts = [Part(up, 0, "n" if width(modules[up], 0) == inner else None) for up in ups]
                 scope = _scope(modules, [*ups, down])
                 meet = _meet([*ups, down]) or down
                 if meet in names:  # LiLT: two blocks in one layer
                     meet = down
                 names.add(meet)
                 consumer = ("weight", 1) if is_own_linear(modules[down]) else None
-                yield FeedForward(meet, inner, down, (*parts, Part(down, 1, ("n",))), scope, consumer)
+                yield FeedForward(meet, inner, down, (*parts, Part(down, 1, "n")), scope, consumer)
             if found:
                 break
 
@@ -298,27 +283,27 @@ def _experts(name: str, module: nn.Module) -> FeedForward | None:
             else:
                 inside, dim = 2, 1
             size, layout = out[inside], "n"
-            layouts = ("n",) if up[dim] == size else FUSED_UP_LAYOUTS
+            of_ups = "n" if up[dim] == size else None
         elif len(out) == 2 and out == up and _integer(module, ("ffn_hidden_size",)):  # DBRX
             size = _integer(module, ("ffn_hidden_size",)) or 0
             if out[0] % size:
                 continue
             inside, dim, layout = 0, 0, f"n*{out[0] // size}"
-            layouts = (layout,)
+            of_ups = layout
         else:
             continue
-        parts = tuple(Part(name, dim, layouts, key) for key in ups)
+        parts = tuple(Part(name, dim, of_ups, key) for key in ups)
         # DBRX hands the weights of one expert after the other to the forward of the module that holds them
         scope = parent_of(name) if len(out) == 2 else name
-        return FeedForward(name, size, name, (*parts, Part(name, inside, (layout,), down)), scope, (down, inside))
+        return FeedForward(name, size, name, (*parts, Part(name, inside, layout, down)), scope, (down, inside))
     children = dict(module.named_children())
     one, two = children.get("input_linear"), children.get("output_linear")
     if one is not None and two is not None:  # Granite: ParallelExperts, each (E, out, in)
         up, out = one._parameters.get("weight"), two._parameters.get("weight")
         if up is not None and out is not None and up.ndim == out.ndim == 3 and up.shape[1] in (out.shape[2], 2 * out.shape[2]):
             first, last = join(name, "input_linear"), join(name, "output_linear")
-            layouts = ("n",) if up.shape[1] == out.shape[2] else FUSED_UP_LAYOUTS
-            parts = (Part(first, 1, layouts, "weight"), Part(last, 2, ("n",), "weight"))
+            of_up = "n" if up.shape[1] == out.shape[2] else None
+            parts = (Part(first, 1, of_up, "weight"), Part(last, 2, "n", "weight"))
             return FeedForward(name, out.shape[2], last, parts, name, ("weight", 2))
     return None
 
@@ -362,7 +347,7 @@ def _deep(module: nn.Module, prefix: str = "", depth: int = 0) -> dict[str, str]
             inner = _deep(child, path, depth + 1)
             if len(inner) < 2 or not FEED_FORWARD.search(type(child).__name__):  # else a block of its own
                 found |= inner
-    return {path.rpartition(".")[2] if "." not in path else path: path for path in found}
+    return found
 
 
 def _meet(names: list[str]) -> str:

@@ -12,21 +12,9 @@ from transformers.pytorch_utils import Conv1D
 
 from .candidates import join
 from .discover import Attention, FeedForward, Part, owners
+from .heads import ConfigView, HeadCount, narrow_, select_heads_
 from .later import Later, sliced
-from .modules import (
-    GATED,
-    ConfigView,
-    HeadCount,
-    LockedLinear,
-    factor,
-    gate_,
-    is_gated,
-    is_own_linear,
-    narrow_,
-    select_heads_,
-    ungate_,
-    width_attribute,
-)
+from .modules import GATED, LockedLinear, factor, gate_, is_gated, is_own_linear, ungate_, width_attribute
 
 Block = Attention | FeedForward
 Undo = list[Callable[[], None]]
@@ -57,7 +45,7 @@ class Cut:
 
     def rows(self, part: Part) -> torch.Tensor:
         """The indices along a part's dimension that stay."""
-        owner = owners(part.layouts[0], self.block) if part.owner is None else part.owner
+        owner = owners(part.layout, self.block) if part.owner is None else part.owner  # type: ignore[arg-type]
         return (torch.isin(owner, self.units) | (owner < 0)).nonzero().flatten()
 
     def gate(self) -> torch.Tensor:
@@ -68,7 +56,7 @@ class Cut:
 def unit_columns(block: Block) -> torch.Tensor:
     """The head or neuron of each input column of a block's output projection."""
     part = next(part for part in reversed(block.parts) if part.module == block.out)  # experts have others in the same module
-    return owners(part.layouts[0], block)
+    return owners(part.layout, block)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -254,7 +242,7 @@ def _select(
     undo: Undo,
     arguments: list[Any] | None = None,
 ) -> None:
-    """Let a module use, or give, only what belongs to the heads that stay (`modules.select_heads_`)."""
+    """Let a module use, or give, only what belongs to the heads that stay (`heads.select_heads_`)."""
     before, config = getattr(module, "hfc_heads", None), getattr(module, "config", None)
     hooks: list[tuple[Any, dict[Any, Any]]] = [
         (kept, dict(kept))

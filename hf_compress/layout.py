@@ -19,22 +19,10 @@ from transformers import PreTrainedModel
 from .edits import CompressionError, from_spans, spans_of
 from .exits.options import check_options
 from .exits.runtime import attach_exits_
+from .heads import ConfigView, HeadCount, narrow_, select_heads_
 from .kinds import check_kinds, follow_ties_, make_
 from .mixtures import COUNTS, GROUPS, experts_of, settle_counts_
-from .modules import (
-    PLAIN,
-    ConfigView,
-    HeadCount,
-    LockedLinear,
-    dense_weight,
-    gate_,
-    is_gated,
-    lock_,
-    narrow_,
-    plain_kind,
-    select_heads_,
-    width,
-)
+from .modules import PLAIN, LockedLinear, dense_weight, gate_, is_gated, lock_, plain_kind, width
 from .quantization import is_quantized
 from .stacks import carry_, config_parts, counts_layers
 
@@ -140,10 +128,6 @@ def unrecorded(model: nn.Module, layout: Layout | None) -> str | None:
             )
             shape = tensor is not None and tensor.shape[1:] if leading else tensor is not None and tensor.shape
             if mine is not None and mine.shape != shape:
-                return f"{name}.{key}"
-        for key, tensor in theirs[name]._buffers.items():  # those of batch norms follow channels
-            mine = ours[name]._buffers.get(key)
-            if key in ("running_mean", "running_var") and None not in (tensor, mine) and mine.shape != tensor.shape:  # type: ignore
                 return f"{name}.{key}"
     return None
 
@@ -351,7 +335,7 @@ def check(layout: Any) -> Layout:
 
 
 def _is_argument(argument: Any) -> bool:
-    """(name, dimension, heads) as `modules.select_heads_` takes them."""
+    """(name, dimension, heads) as `heads.select_heads_` takes them."""
     kinds = [type(value) for value in argument] if isinstance(argument, list) else []
     return kinds == [str, int, int] and argument[0].isidentifier() and argument[1] >= 0 and argument[2] > 0
 

@@ -389,9 +389,9 @@ def _find_parts(free: nn.Module, block: Block, gate: torch.Tensor, args: Any, kw
         if name == ARGUMENT:
             here = key in [name for name, _, _ in getattr(free, "hfc_arguments", [])]  # type: ignore[union-attr]
             if here or (not shared and torch.equal(owner, torch.arange(len(owner)) % block.size)):
-                parts.append(Part("", dim, ("argument",), None, owner, key))
+                parts.append(Part("", dim, None, None, owner, key))
         elif name not in whole:
-            parts.append(Part(name, dim, ("computed",), key, owner))
+            parts.append(Part(name, dim, None, key, owner))
     return tuple(parts)
 
 

@@ -17,7 +17,7 @@ class Part:
 
     module: str
     dim: int  # of a Linear: 0 outputs, 1 inputs; of a bare parameter: its dimension
-    layouts: tuple[str, ...]  # how the units lie along it, first guess first
+    layout: str | None  # how the units lie along it, by `owners`; None where only the computation can tell
     parameter: str | None = None  # None: weight and bias of a Linear
     # the unit of each index, where it was found from the computation (`coupling.coupled`); -1 stays in any case
     owner: torch.Tensor | None = field(default=None, compare=False, repr=False)
@@ -63,7 +63,7 @@ class FeedForward:
 
     @property
     def gated(self) -> bool:
-        return sum(part.module != self.out for part in self.parts) > 1 or "n|n" in self.parts[0].layouts
+        return len(self.parts) > 2 or any(part.layout is None for part in self.parts)  # two up projections, or both in one
 
 
 @dataclass(frozen=True)
@@ -141,15 +141,11 @@ def owners(layout: str, block: Attention | FeedForward) -> torch.Tensor:
         neurons = torch.arange(block.size)
         if layout.startswith("n*"):  # the experts' neurons in one dimension, one expert after the other
             return neurons.repeat(int(layout[2:]))
-        return {"n": neurons, "n|n": neurons.repeat(2), "(nn)": neurons.repeat_interleave(2)}[layout]
-    heads, kv_heads, dim = block.num_heads, block.num_key_value_heads, block.head_dim
-    q, kv = torch.arange(heads), heads + torch.arange(kv_heads)
-    if layout == "h":
-        return q
-    if layout == "(qkv)":  # GPT-NeoX: the query heads of a group, then its key, then its value
-        return torch.cat([q.view(kv_heads, -1), kv[:, None], kv[:, None]], 1).flatten().repeat_interleave(dim)
-    q, kv = q.repeat_interleave(dim), kv.repeat_interleave(dim)
-    return {"q": q, "kv": kv, "q|k|v": torch.cat([q, kv, kv])}[layout]
+        return {"n": neurons}[layout]
+    heads = torch.arange(block.num_heads)
+    return {"q": heads, "kv": block.num_heads + torch.arange(block.num_key_value_heads)}[layout].repeat_interleave(
+        block.head_dim
+    )
 
 
 def nearest(name: Any, names: list[str]) -> str:

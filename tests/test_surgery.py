@@ -10,7 +10,7 @@ from torch.nn.utils import parametrize, prune
 
 import hf_compress as hc
 from hf_compress import surgery
-from hf_compress.discover import Part, owners
+from hf_compress.discover import Part
 from tests.zoo import GQA, TEXT, build, outputs, random_plan
 
 Q = "model.layers.0.self_attn"
@@ -199,22 +199,23 @@ def test_heads_that_a_norm_mixes_are_refused_with_that_reason():
 
 def test_fused_layouts_are_told_apart_by_gradients_alone():
     """GPT-NeoX interleaves q, k and v by head, Phi-3 has them in blocks: no rule says which, both come out exact."""
-    for family, layout in (("gpt_neox", "(qkv)"), ("phi3", "q|k|v"), ("gpt2", "q|k|v")):
+    for family, interleaved in (("gpt_neox", True), ("phi3", False), ("gpt2", False)):
         model, _ = build(family)
         resolved = surgery.resolve(model, random_plan(model, ("heads",)))
         proved = surgery._prove_all(model, resolved, None)
         for cut in resolved.cuts:
-            fused = next(part.module for part in cut.block.parts if len(part.layouts) > 1)
+            block = cut.block
+            fused = next(part.module for part in block.parts if part.layout is None)
             (found,) = {
                 tuple(part.owner.tolist())
-                for part in proved[cut.block.name].parts
+                for part in proved[block.name].parts
                 if part.module == fused and part.parameter == "weight"
             }
-            wanted = owners(layout, cut.block)
-            # the rotary halves aside, a row's owner is its head; kv heads have numbers of their own only where heads share them
-            shared = cut.block.groups > 1
-            same_head = torch.where(wanted >= cut.block.size, wanted - (0 if shared else cut.block.size), wanted)
-            assert list(found) == same_head.tolist()
+            heads = torch.arange(block.num_heads)
+            # a key's rows are its head's; where heads share keys, these have numbers of their own
+            keys = heads if block.groups == 1 else block.num_heads + torch.arange(block.num_key_value_heads)
+            rows = heads.repeat_interleave(3) if interleaved else torch.cat([heads, keys, keys])
+            assert list(found) == rows.repeat_interleave(block.head_dim).tolist()
 
 
 def test_a_wrong_partner_is_put_right(monkeypatch):
@@ -222,7 +223,7 @@ def test_a_wrong_partner_is_put_right(monkeypatch):
     model, _ = build("bert")
     found = hc.discover(model)
     wrong = tuple(
-        type(f)(f.name, f.size, f.out, (Part(found.ffns[1].parts[0].module, 0, ("n",)), f.parts[1]), "bert.encoder")
+        type(f)(f.name, f.size, f.out, (Part(found.ffns[1].parts[0].module, 0, "n"), f.parts[1]), "bert.encoder")
         for f in found.ffns[:1]
     )
     monkeypatch.setattr("hf_compress.resolve.discover", lambda m: hc.Structure(found.attentions, wrong, found.layers, (), ()))

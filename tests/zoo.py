@@ -9,6 +9,7 @@ import torch
 import transformers as T
 
 import hf_compress as hc
+from tests.sweep.plans import heads as other_heads
 
 TEXT = dict(
     vocab_size=99, hidden_size=64, num_hidden_layers=3, num_attention_heads=4, intermediate_size=96, max_position_embeddings=40
@@ -172,16 +173,7 @@ def random_plan(model: torch.nn.Module, edits: tuple[str, ...], seed: int = 0) -
     """Different heads, neurons and layers in every block, the counts too."""
     draw, structure, chosen = random.Random(seed), hc.discover(model), []
     if "heads" in edits:
-        for i, a in enumerate(structure.attentions):
-            if a.num_heads == 1:
-                continue
-            if a.num_key_value_heads == 1:
-                kept = sorted(draw.sample(range(a.num_heads), 1 + i % (a.num_heads - 1)))
-            else:
-                most = max(2, a.num_key_value_heads - 1)  # of two, every other layer keeps both
-                groups = sorted(draw.sample(range(a.num_key_value_heads), 1 + i % most))
-                kept = [g * a.groups + j for g in groups for j in range(a.groups)]
-            chosen.append(hc.KeepHeads(a.name, kept))
+        chosen += other_heads(model, draw)
     if "neurons" in edits:
         for f in structure.ffns:
             chosen.append(hc.KeepNeurons(f.name, sorted(draw.sample(range(f.size), draw.randint(f.size // 4, f.size - 3)))))

@@ -148,7 +148,7 @@ def _measure(
     """One number per unit, by block."""
     how = SCORES[score]
     if how.needs == "weight":
-        fused = [block for block in wanted if any(len(part.layouts) > 1 for part in block.parts)]
+        fused = [block for block in wanted if any(part.layout is None for part in block.parts)]
         first = batches[0] if isinstance(batches, Sequence) and batches else None
         found = prove_plan(model, trial_plan(model, structure, fused), first) if fused else {}
         return {block.name: how.reduce(weight_squares(model, block, found)) for block in wanted}

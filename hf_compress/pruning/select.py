@@ -119,7 +119,7 @@ def weight_squares(model: nn.Module, block: Block, found: Mapping[str, tuple[Par
         if part.argument is not None:
             continue
         module = model.get_submodule(part.module)
-        owner = owners(part.layouts[0], block) if part.owner is None else part.owner
+        owner = owners(part.layout, block) if part.owner is None else part.owner  # type: ignore[arg-type]
         if isinstance(module, nn.Linear | Conv1D):
             if part.parameter not in (None, "weight", "weight_in"):
                 continue
