@@ -51,7 +51,11 @@ class Trace(TorchDispatchMode):
             name = func._schema.name.split("::")[1].removesuffix("_")
             rule = RULES.get(name) or (_elementwise if torch.Tag.pointwise in func.tags else _unknown)
             results = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
-            for tensor, fields in zip(results, rule(self, name, args, kwargs, results), strict=False):
+            try:
+                found = rule(self, name, args, kwargs, results)
+            except Exception:  # an operation used in a way that its rule does not know (complex numbers): not followed
+                found = _unknown(self, name, args, kwargs, results)
+            for tensor, fields in zip(results, found, strict=False):
                 self.labels.fields[tensor] = fields
                 if rule in (_move, _same) and args[0] in self.weights:
                     self.weights[tensor] = True

@@ -34,6 +34,7 @@ PASSING = {"training", "gradient_checkpointing", "drop_prob", "drop_path", "p", 
 # what configs call the number of heads and the width of the feed-forward blocks, per side where there are two
 HEAD_KEYS = ("num_attention_heads", "num_heads", "n_heads", "n_head", "{side}_attention_heads")
 KV_KEYS = ("num_key_value_heads", "n_kv_heads", "num_kv_heads")
+OWN = "own"  # the checkpoint's weights have the names that they have in the model: no conversion
 NEURON_KEYS = ("intermediate_size", "ffn_dim", "d_ff", "hidden_dim", "n_inner", "{side}_ffn_dim")
 
 
@@ -297,7 +298,9 @@ def check(layout: Any) -> Layout:
         )
     if "exits" in layout:
         layout["exits"] = check_options(layout["exits"])
-    unknown = set(layout) - {"modules", "layers", "numbers", "gates", "exits"}
+    if layout.get("names", OWN) != OWN:
+        raise CompressionError(f"The checkpoint's compression layout has names {layout['names']!r}; {OWN!r} was expected.")
+    unknown = set(layout) - {"modules", "layers", "numbers", "gates", "exits", "names"}
     if unknown:
         raise CompressionError(f"The checkpoint's compression layout has unknown parts {sorted(unknown)}; upgrade hf_compress.")
     for name, entry in layout["modules"].items():

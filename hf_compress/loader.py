@@ -27,7 +27,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from .caches import host_caches_
 from .edits import CompressionError
 from .inner import around, check_inner
-from .layout import check, finder, finish_replayed, replay_
+from .layout import OWN, check, finder, finish_replayed, replay_
 from .parts import gathered, parts_in, stamp_parts_
 from .plan import Plan
 from .quantization import is_quantized
@@ -220,7 +220,7 @@ class HfCompressQuantizer(HfQuantizer):
         pass  # our weights have no second name
 
     def update_weight_conversions(self, weight_conversions: Any, *args: Any) -> Any:
-        return weight_conversions  # and need no conversion
+        return [] if self.quantization_config.layout.get("names") == OWN else weight_conversions
 
     def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **kwargs: Any) -> None:
         if not self.pre_quantized:

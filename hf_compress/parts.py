@@ -106,7 +106,7 @@ def local_layout(layout: Mapping[str, Any], part: ModelPart, others: list[str]) 
             modules[local] = entry
         elif "kinds" in entry and not any(_under(name, other) is not None for other in others):
             modules[name] = entry  # a projection or a head beside the parts, which some classes of this part have too
-    found: Layout = {"modules": modules}
+    found: Layout = {"modules": modules, **{key: layout[key] for key in ("names",) if key in layout}}
     for key in ("layers", "gates"):
         inside = {_under(name, part.path): value for name, value in layout.get(key, {}).items()}
         inside.pop(None, None)

@@ -184,7 +184,7 @@ def _finder(double: nn.Module, scope: str) -> Callable[[str], nn.Module]:
     return find
 
 
-def _randomize(module: nn.Module, seed: int = 0) -> None:
+def randomize(module: nn.Module, seed: int = 0) -> None:
     """Every weight drawn anew around its mean, at its own spread but never less than 0.02."""
     draw = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -226,7 +226,7 @@ def _prove_structure(
         free = _copy(module).float()
         for other in group:
             ungate_(_finder(free, scope)(other.block.out))
-        _randomize(free)
+        randomize(free)
         return free, gate_(_finder(free, scope)(block.out), consumer=block.consumer)
 
     broken = [name for name, tensor in module.named_parameters() if not bool(torch.isfinite(tensor).all())]
@@ -372,7 +372,7 @@ def _find_parts(free: nn.Module, block: Block, gate: torch.Tensor, args: Any, kw
         return free(*_Fresh(tuple(positions))(), *args[len(names) :], **_Fresh(named)())
 
     def find(units: torch.Tensor) -> dict:
-        redraw = functools.partial(_randomize, free)
+        redraw = functools.partial(randomize, free)
         more = args[len(names) :]
         return coupled(free, gate, units, lambda: free(*_Fresh(tuple(positions))(), *more, **_Fresh(named)()), redraw, floats)
 

@@ -11,11 +11,12 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .caches import host_caches_
+from .conversions import come_back
 from .cutting import Undo
 from .discover import discover
 from .edits import AddExits, CompressionError
 from .exits.runtime import CHANGED, exit_options
-from .layout import gates_of, layers_differ, merge, skeleton, stock_numbers, unrecorded
+from .layout import OWN, gates_of, layers_differ, merge, skeleton, stock_numbers, unrecorded
 from .loader import HfCompressConfig, compression_of
 from .masking import masks_in
 from .modules import LockedLinear
@@ -84,6 +85,8 @@ def write_record(
     stock = None if layout.get("layers") or masks or layout.get("exits") else stock_numbers(owner, structure, layout["modules"])
     if stock is not None:
         config.__dict__.pop("quantization_config", None)
+        if layout.get("names") == OWN:
+            owner._weight_conversions = None  # type: ignore[assignment]
         stamp_parts_(owner, None, undo)
         parts = dict(config_parts(owner))
         for key, value in stock.items():
@@ -97,12 +100,22 @@ def write_record(
             _lock_part(owner, layout, part, undo)
         if not _is_loud(layout):
             _lock(owner, layout, undo)
+        _name(owner, layout, undo)
         config.quantization_config = HfCompressConfig(plan, layout, masks)
         stamp_parts_(owner, config.quantization_config, undo)
     written = layout if stock is None else None
     host_caches_(owner, None if stock is not None else config.quantization_config, undo)
     _unlock_others(owner, written, undo)
     return written
+
+
+def _name(owner: PreTrainedModel, layout: dict, undo: Undo) -> None:
+    """Weights whose names on disk would not lead back are saved under the names that they have here; loaders are told."""
+    if layout.get("names") == OWN or not come_back(owner):
+        layout["names"] = OWN
+        conversions = vars(owner).get("_weight_conversions")
+        undo.append(lambda: setattr(owner, "_weight_conversions", conversions))
+        owner._weight_conversions = []  # type: ignore[assignment]
 
 
 def _record_layers(

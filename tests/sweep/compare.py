@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 import hf_compress as hc
 from hf_compress.probe import quiet_run
 
-from .load import flat, outputs_of
+from .load import far, flat, outputs_of
 
 
 class Wrong(Exception):
@@ -22,21 +22,6 @@ class Wrong(Exception):
 
 def line(error: BaseException) -> str:
     return re.sub(r"\s+", " ", str(error))[:400]
-
-
-def far(one: list[torch.Tensor], other: list[torch.Tensor]) -> float:
-    """The largest difference over all outputs, each relative to its own largest value."""
-    if [t.shape for t in one] != [t.shape for t in other]:
-        return float("inf")
-    worst = 0.0
-    for a, b in zip(one, other, strict=True):
-        finite = torch.isfinite(a)
-        if not torch.equal(finite, torch.isfinite(b)):
-            return float("inf")
-        if finite.any():
-            a, b = a[finite].double(), b[finite].double()
-            worst = max(worst, ((a - b).abs().max() / a.abs().max().clamp_min(1e-6)).item())
-    return worst
 
 
 def same_bits(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:

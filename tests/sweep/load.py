@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -57,11 +58,17 @@ class Loader:
         self.process.join(5)
 
 
-def outputs_of(model: Any, inputs: dict[str, Any]) -> list[torch.Tensor]:
-    """Every floating-point tensor that a model gives, in order, caches and attention maps left out."""
+def outputs_of(model: Any, inputs: dict[str, Any], inside: Iterable[str] = ()) -> list[torch.Tensor]:
+    """Every floating-point tensor that a model gives, in order, caches and attention maps left out; `inside`: and these modules."""
     torch.manual_seed(0)
-    with torch.no_grad():
-        return flat(model(**inputs))
+    found: list[torch.Tensor] = []
+    hooks = [model.get_submodule(n).register_forward_hook(lambda _m, _a, out: found.extend(flat(out))) for n in inside]
+    try:
+        with torch.no_grad():
+            return flat(model(**inputs)) + found
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def flat(value: Any) -> list[torch.Tensor]:
@@ -72,6 +79,21 @@ def flat(value: Any) -> list[torch.Tensor]:
     if isinstance(value, tuple | list):
         return [t for v in value for t in flat(v)]
     return []
+
+
+def far(one: list[torch.Tensor], other: list[torch.Tensor]) -> float:
+    """The largest difference over all outputs, each relative to its own largest value."""
+    if [t.shape for t in one] != [t.shape for t in other]:
+        return float("inf")
+    worst = 0.0
+    for a, b in zip(one, other, strict=True):
+        finite = torch.isfinite(a)
+        if not torch.equal(finite, torch.isfinite(b)):
+            return float("inf")
+        if finite.any():
+            a, b = a[finite].double(), b[finite].double()
+            worst = max(worst, ((a - b).abs().max() / a.abs().max().clamp_min(1e-6)).item())
+    return worst
 
 
 def serve(pipe: Any, runs: bool) -> None:
