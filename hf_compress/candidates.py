@@ -28,7 +28,7 @@ OUT = re.compile(
 ATTENTION = re.compile(r"Attention|Attn")
 # what has such names and is neither: state-space and recurrent mixers, poolers with one query, maps without values
 NO_ATTENTION = re.compile(
-    r"Mamba|SSM|Recurrent(?!Gemma(Sdpa)?Attention)|DeltaNet|Deformable|AttentionMap|AttentionOutput|AttnAdapter|AttentionGRU|Rwkv"
+    r"Mamba|SSM|Recurrent(?!Gemma(Sdpa)?Attention)|DeltaNet|DeformableAttention|AttentionMap|AttentionOutput|AttnAdapter|AttentionGRU|Rwkv"
 )
 HEAD_DIM = (
     "v_head_dim",

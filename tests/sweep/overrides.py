@@ -22,8 +22,18 @@ _COMPASS: dict[str, Any] = {"rope_parameters": {"full_attention": _ROPE, "slidin
 _IMAGE_TOKENS: dict[str, Any] = {
     f"IMGIMG{str(i).translate(str.maketrans('0123456789', 'ABCDEFGHIJ'))}Z": 50 + i for i in range(32)
 }
+# a backbone of transformers' own in the place of timm's
+_RESNET: dict[str, Any] = {"model_type": "resnet", "embedding_size": 16, "hidden_sizes": [16, 24, 32, 48], "depths": [1, 1, 1, 1],
+                           "layer_type": "bottleneck", "features_only": DROP, "backbone": DROP}  # fmt: skip
+_LAST = {"backbone_config": {**_RESNET, "out_features": ["stage4"], "out_indices": [4]}}
+_LAST_THREE = {"backbone_config": {**_RESNET, "out_features": ["stage2", "stage3", "stage4"], "out_indices": [2, 3, 4]}}
 # type -> values that replace those of the shrunk config
 OVERRIDES: dict[str, dict[str, Any]] = {
+    "detr": _LAST,
+    "conditional_detr": _LAST,
+    "dab-detr": _LAST,
+    "table-transformer": _LAST,
+    "deformable_detr": _LAST_THREE,
     "autoformer": {**_SERIES, "moving_average": 5},
     "informer": _SERIES,
     "time_series_transformer": _SERIES,
