@@ -75,7 +75,7 @@ def coupled(
     ```
     """
     owners: dict[Place, torch.Tensor] = {}
-    count, silent = int(units.max()) + 1, -1
+    count, silent, steady = int(units.max()) + 1, -1, 0
     for seed in range(DRAWS):
         redraw(seed)
         for place, owner in _one_draw(module, gate, units, count, run, arguments or {}).items():
@@ -84,7 +84,8 @@ def coupled(
         following = {place: o for place, o in owners.items() if bool((o >= 0).any())}
         before, silent = silent, sum(int((o == DEAD).sum()) for place, o in following.items() if place[1] != "bias")
         # at least twice: a ReLU may be silent just when one head is hidden, but not so for the same head again
-        if seed and following and (silent == 0 or (silent == before and seed > 12)):
+        steady = steady + 1 if silent == before else 0
+        if seed and following and (silent == 0 or (steady > 5 and seed > 12)):
             break
     found = {place: owner for place, owner in owners.items() if bool((owner >= 0).any())}
     for (name, key, dim), owner in owners.items():  # what is multiplied by zeros (a decoder's first values): as its bias
