@@ -8,6 +8,7 @@ from typing import Any
 
 import hf_compress as hc
 from hf_compress.examples import Asked, ids_in
+from hf_compress.vocabularies import vocabularies
 
 
 def heads(model: Any, draw: random.Random) -> list[Any]:
@@ -84,6 +85,8 @@ def vocabulary(model: Any, draw: random.Random) -> list[Any]:
         size = model.get_input_embeddings().num_embeddings
     except (AttributeError, NotImplementedError):
         return []
+    # rows past the last token (prompts, an image) are no tokens
+    size = min([size, *(one.size for one in vocabularies(model))])
     special = {v for _, c in asked.configs for name, value in vars(c).items() for v in ids_in(name, value) if 0 <= v < size}
     return [hc.KeepVocabulary(sorted(set(draw.sample(range(size), 2 * size // 3)) | special))]  # type: ignore[attr-defined]
 
