@@ -62,9 +62,7 @@ class Dead(Exception):
     """Under the mask every output is constant (a ReLU at the end): nothing could be told by it."""
 
 
-def judge(
-    model: Any, inputs: dict[str, Any], edit: str, loader: Loader, plain: Loader | None, seed: int = 0
-) -> dict[str, Any]:
+def judge(model: Any, inputs: dict[str, Any], edit: str, loader: Loader, plain: Loader | None, seed: int = 0) -> dict[str, Any]:
     details: dict[str, Any] = {}
     torch.manual_seed(0)
     try:

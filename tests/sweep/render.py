@@ -17,6 +17,13 @@ LEGEND = (
     "✓ exact; r refused before anything changed, with the reason below; **W** wrong; – nothing to cut; "
     "**?** there is attention (a feed-forward block) by its class, and `discover` finds none; · not built"
 )
+# what is downloaded most, as far as it is known without the Hub: ten of each
+MOST = {
+    "encoders": "bert roberta distilbert xlm-roberta mpnet deberta-v2 electra albert modernbert camembert".split(),
+    "decoders": "gpt2 llama qwen2 qwen3 mistral gemma3_text phi3 opt gpt_neox gpt_oss".split(),
+    "vision": "vit clip resnet dinov2 siglip swin convnext detr segformer mobilenet_v2".split(),
+    "speech": "wav2vec2 whisper hubert wavlm audio-spectrogram-transformer clap speecht5 wav2vec2-bert data2vec-audio unispeech-sat".split(),
+}
 Data = dict[str, Any]
 
 
@@ -100,6 +107,13 @@ def grouped(data: Data, edit: str, kind: str) -> list[tuple[str, list[str]]]:
     return sorted(groups.items(), key=lambda group: (-len(group[1]), group[0]))
 
 
+def cells(data: Data, name: str) -> str:
+    """A type's line of the table."""
+    entry = data["types"][name]
+    signs = [SIGNS.get(kind_of(entry["verdicts"].get(edit, "not built")), "") for edit in EDITS]
+    return f"{entry['class']} | {' | '.join(signs)} |"
+
+
 def render(data: Data) -> str:
     lines = [
         "# Model types and edits",
@@ -122,14 +136,23 @@ def render(data: Data) -> str:
         "",
         f"{LEGEND}.",
         "",
+        "## What is downloaded most",
+        "",
+        "Ten architectures of each kind, as far as that is known without the Hub.",
+        "",
+        "| kind | type | class | " + " | ".join(EDITS) + " |",
+        "|---|---|---|" + "---|" * len(EDITS),
+        *(f"| {group} | {name} | {cells(data, name)}" for group, names in MOST.items() for name in names),
+        "",
+        "## All",
+        "",
         "| type | class | " + " | ".join(EDITS) + " |",
         "|---|---|" + "---|" * len(EDITS),
     ]
     for name, entry in data["types"].items():
         if all(kind_of(v) == "not built" for v in entry["verdicts"].values()):
             continue
-        signs = [SIGNS.get(kind_of(entry["verdicts"].get(edit, "not built")), "") for edit in EDITS]
-        lines.append(f"| {name} | {entry['class']} | {' | '.join(signs)} |")
+        lines.append(f"| {name} | {cells(data, name)}")
     for kind, title in (("wrong", "Wrong"), ("refused", "Refused")):
         lines += ["", f"## {title}", ""]
         some = False
