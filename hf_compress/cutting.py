@@ -367,8 +367,13 @@ def _keep(module: nn.Module, name: str, rows: torch.Tensor, dim: int, entry: dic
     old = module._parameters[name]
     assert old is not None
     waits = undo if isinstance(undo, Later) and undo.waits else None
-    kept = sliced(old, rows, dim) if waits is None else waits.put_off(module, name, old, rows, dim)
-    new = nn.Parameter(kept, requires_grad=old.requires_grad)
+    whole = old
+
+    def make() -> nn.Parameter:
+        kept = sliced(whole, rows, dim) if waits is None else waits.put_off(module, name, whole, rows, dim)
+        return nn.Parameter(kept, requires_grad=whole.requires_grad)
+
+    new = undo.same(old, rows, dim, make) if isinstance(undo, Later) and waits is None else make()
     undo.append(lambda: module._parameters.__setitem__(name, old))
     module._parameters[name] = new
     entry.setdefault("shapes", {})[name] = list(new.shape)

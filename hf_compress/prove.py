@@ -19,10 +19,10 @@ from transformers.pytorch_utils import Conv1D
 from .candidates import parent_of
 from .coupling import ARGUMENT, SHARED, coupled
 from .cutting import INDEX, Block, Cut, Variant, cut_, unit_columns, variants
-from .discover import Attention, Part
+from .discover import Attention, FeedForward, Part
 from .edits import CompressionError
 from .memory import give_back
-from .modules import gate_, ungate_
+from .modules import gate_, plain_kind, ungate_
 from .probe import difference, map_tensors, tensors_in, tolerance
 from .refusals import check_part, check_sharing
 
@@ -143,7 +143,12 @@ def _prove(
         return result
 
     with masked(), progress:
-        reference = run()
+        ran: set[str] = set()
+        with ExitStack() as hooks:
+            for cut in cuts:
+                note = _ours(lambda *_, name=cut.block.name: ran.add(name))
+                hooks.callback(modules[cut.block.out].register_forward_pre_hook(note).remove)
+            reference = run()
         with ExitStack() as hooks:
             for scope in groups:
                 before = _ours(functools.partial(remember, scope))
@@ -154,9 +159,14 @@ def _prove(
                 ):
                     hooks.callback(handle.remove)
             result = run()
+    twins = {twin.name for cut in cuts if isinstance(cut.block, FeedForward) for twin in cut.block.twins}
+    for cut in cuts:  # the same weights elsewhere, in a module that is built alike and does not run on these inputs
+        if cut.block.name in twins - proved.keys() and (_key(modules, cut.block), True) in known:
+            proved[cut.block.name] = _named(known[_key(modules, cut.block), True], cut.block.scope)
     idle = [cut.block.name for cut in cuts if cut.block.name not in proved]
-    if any(cut.block.name in idle and parent_of(cut.block.scope) for cut in cuts):  # SqueezeBERT calls layer.forward(...)
-        cuts = [replace(cut, block=_wider(cut.block)) if cut.block.name in idle else cut for cut in cuts]
+    if any(cut.block.name in ran.intersection(idle) and parent_of(cut.block.scope) for cut in cuts):
+        # SqueezeBERT says layer.forward(...), which no hook sees: what is above its layers runs them
+        cuts = [replace(cut, block=_wider(cut.block)) if cut.block.name in ran.intersection(idle) else cut for cut in cuts]
         return _prove(model, cuts, run, masked, more, proved, every)
     if idle:
         raise CompressionError(
@@ -296,7 +306,7 @@ def _prove_structure(
             f"Cannot prove a cut of {block.name!r}: {f'{scope}.{broken[0]}'.lstrip('.')} holds NaN or infinities. If a "
             "training diverged, go back to a checkpoint from before (a lower learning rate, max_grad_norm or bf16 may help)."
         )
-    key = (_signature(module), block.size, block.name[len(scope) :], block.out[len(scope) :])
+    key = _key(modules, replace(block, scope=scope))
     whole = len(cut.kept) == len(cut.kept_kv) * block.groups if isinstance(block, Attention) else True
     if (key, whole) in known:
         variant = _named(known[key, whole], scope)
@@ -316,6 +326,13 @@ def _prove_structure(
     plain = run(free)
     gate.copy_(cut.gate())
     masked = run(free)
+    for seed in range(1, 4):  # a ReLU may be silent just where this draw hides it
+        if plain and _worst(plain, masked) == 0.0:
+            _randomize(free, seed)
+            gate.fill_(1.0)
+            plain = run(free)
+            gate.copy_(cut.gate())
+            masked = run(free)
     if not plain or (len(cut.kept) < block.size and _worst(plain, masked) == 0.0):
         raise CompressionError(
             f"Cannot prove a cut of {block.name!r}: masking its output projection {block.out!r} changes nothing, "
@@ -409,6 +426,11 @@ def _check_separable(free: nn.Module, block: Block, parts: tuple[Part, ...], sco
     )
 
 
+def _key(modules: dict[str, nn.Module], block: Block) -> tuple:
+    scope = block.scope
+    return (_signature(modules[scope]), block.size, block.name[len(scope) :], block.out[len(scope) :])
+
+
 def _signature(module: nn.Module) -> tuple:
     """What two modules must have in common for the same rows of them to belong together."""
     rows = []
@@ -416,7 +438,7 @@ def _signature(module: nn.Module) -> tuple:
         numbers = tuple(sorted((k, v) for k, v in vars(part).items() if isinstance(v, int | float | str) and k not in INDEX))
         numbers += (str(vars(part).get("hfc_heads")),)
         shapes = tuple((k, tuple(p.shape)) for k, p in part._parameters.items() if p is not None)
-        rows.append((name, type(part).__name__, numbers, shapes))
+        rows.append((name, plain_kind(part).__name__, numbers, shapes))
     return tuple(rows)
 
 
