@@ -6,9 +6,9 @@ import re
 from collections.abc import Iterator
 
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
-from .modules import is_own_linear, width
+from .heads import spread_width
+from .modules import is_own_linear, is_projection, width
 from .structure import Attention, FeedForward, Part
 
 # One attention is a module with Linear children of these names, or with a class of this name; its output projection is one
@@ -19,8 +19,10 @@ QUERY = re.compile(
 KEY = re.compile(r"^(k|key|wk|to_k|to_key|k_head)(_?(lin|proj|layer))?$|^(linear|project|projection)_(k|key)$", re.I)
 VALUE = re.compile(r"^(v|value|wv|to_v|to_value|v_head)(_?(lin|proj|layer))?$|^(linear|project|projection)_(v|value)$", re.I)
 FUSED = re.compile(
-    r"^(c_attn|Wqkv|query_key_value|qkv(_proj|_linear)?|in_proj|in_proj_qkv|att_proj|to_kv|kv_proj|kv_b_proj|linear_kv)$"
+    r"^(c_attn|Wqkv|query_key_value|qkv(_proj|_linear)?|in_proj|in_proj_qkv|att_proj|to_kv|kv_proj|kv_b_proj|linear_kv|"
+    r"queries_keys_values|keys_values)$"
 )
+LEVIT = re.compile("queries_keys_values|keys_values")  # values are wider than keys, so the widths do not say how many there are
 OUT = re.compile(
     r"^(o|out|dense|c_proj|Wo|out_lin|o_proj|out_proj|proj|to_out|linear_out|linear_o|attention_out|projection|"
     r"projection_layer|output|output_proj|post|post_proj|o_b_proj)$"
@@ -70,12 +72,13 @@ LATE_UP = ("w3", "up_proj", "gate_proj", "up", "gate")
 
 # Attentions that share one position bias among the layers of a stack: the bias stays whole, each selects its heads.
 SHARED_BIAS: tuple[tuple[str, str], ...] = (
-    (r"(T5|MT5|LongT5|SwitchTransformers|Pop2Piano)Attention", "interface"),
+    (r"(T5|MT5|LongT5|SwitchTransformers|Pop2Piano|Pix2StructText)Attention", "interface"),
+    (r"LongT5(Local|TransientGlobal)Attention", "added"),
     (r"MPNetSelfAttention", "argument"),
+    (r"WavLMAttention", "function"),
 )
-# Attentions that hand the weights of their output projection to a function of torch instead of calling it: no mask on the
-# projection would be seen, so no head is offered.
-OPAQUE = re.compile(r"WavLMAttention|MultiheadAttention")
+# Attentions that hand the weights of their output projection to a function of torch instead of calling it
+OPAQUE = re.compile(r"MultiheadAttention")
 
 
 def attentions_in(modules: dict[str, nn.Module]) -> Iterator[Attention]:
@@ -89,12 +92,12 @@ def attentions_in(modules: dict[str, nn.Module]) -> Iterator[Attention]:
             parts = [Part(name, 1, "q", key) for key in "qkvo"]
             yield Attention(name, heads, heads, 1, name, tuple(parts), name, None, ("o", 1))
             continue
-        linears = projections(module)
+        linears = projections(module, convolutions=bool(ATTENTION.search(kind)))
         q, k, v = ([n for n in linears if pattern.match(n)] for pattern in (QUERY, KEY, VALUE))
         fused = [n for n in linears if FUSED.match(n)]
         named = bool(q and k and v) or bool(fused)
         by_class = bool(ATTENTION.search(kind)) and bool(q or k or v or fused)
-        if any(isinstance(child, nn.Conv1d) for child in module.children()):
+        if any(isinstance(child, nn.Conv1d) and not is_pointwise(child) for child in module.children()):
             continue  # linear attention with a convolution over time, whose state a cache keeps: its heads are not offered
         if not (named or by_class) or NO_ATTENTION.search(kind) or OPAQUE.fullmatch(kind):
             continue
@@ -107,11 +110,14 @@ def attentions_in(modules: dict[str, nn.Module]) -> Iterator[Attention]:
         if out is None or out in seen:
             continue
         inner = width(modules[out], 1)
+        whole = spread_width(modules[out]) or inner
         config = getattr(module, "config", None)
         heads = _integer(module, NUM_HEADS) or (_integer(config, NUM_HEADS) if named else None)
         head_dim = _integer(module, HEAD_DIM)
-        if head_dim is None or inner % head_dim or (heads and inner % heads == 0 and _mla(linears)):
-            head_dim = inner // heads if heads and inner % heads == 0 else None
+        if head_dim is None or inner % head_dim or (heads and whole % heads == 0 and _mla(linears)):
+            head_dim = whole // heads if heads and whole % heads == 0 else None
+        if head_dim is not None and _is_differential(module):
+            head_dim *= 2
         if head_dim is None or inner % head_dim:
             continue
         num_heads = inner // head_dim
@@ -120,8 +126,13 @@ def attentions_in(modules: dict[str, nn.Module]) -> Iterator[Attention]:
         parts.append(Part(out, 1, "q"))
         shared = next((how for pattern, how in SHARED_BIAS if re.fullmatch(pattern, kind)), None)
         scope = _scope(modules, [part.module for part in parts])
-        consumer = ("weight", 1) if is_own_linear(modules[out]) else None
+        consumer = ("weight", 1) if is_own_linear(modules[out]) or shared == "function" else None
         yield Attention(name, num_heads, kv, head_dim, out, tuple(parts), scope, shared, consumer)
+
+
+def _is_differential(module: nn.Module) -> bool:
+    """Whether a head is the difference of two attentions over values twice as wide (Ye et al. 2024): DiffLlama."""
+    return {"lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2"} <= module._parameters.keys()
 
 
 def _mla(linears: dict[str, str]) -> bool:
@@ -141,7 +152,12 @@ def _inputs(
     if plain and widths[q[0]] == inner and widths[k[0]] == widths[v[0]] and _divides(widths[k[0]], dim, heads):
         kv = widths[k[0]] // dim
         layouts = {q[0]: "q", k[0]: "kv", v[0]: "kv"}
-    elif len(ins) == 1 and (widths[ins[0]] - inner) % (2 * dim) == 0 and _divides((widths[ins[0]] - inner) // 2, dim, heads):
+    elif (
+        len(ins) == 1
+        and not LEVIT.match(ins[0])
+        and (widths[ins[0]] - inner) % (2 * dim) == 0
+        and _divides((widths[ins[0]] - inner) // 2, dim, heads)
+    ):
         kv = (widths[ins[0]] - inner) // (2 * dim)
     else:
         if _mla(linears):
@@ -168,11 +184,17 @@ def _out_beside(modules: dict[str, nn.Module], name: str, module: nn.Module) -> 
     for sibling, child in sorted(
         beside, key=lambda pair: bool(ATTENTION.search(type(pair[1]).__name__.removesuffix("Output")))
     ):
-        for n, path in projections(child).items():
-            if OUT.match(n) and not _is_pair(child):
+        for n, path in projections(child, convolutions=all(isinstance(c, nn.Conv1d) for c in _made(module))).items():
+            if (OUT.match(n) or n == "conv1d") and not _is_pair(child):
                 return join(parent, sibling, path)
     direct = projections(modules[parent])
     return next((join(parent, path) for n, path in direct.items() if OUT.match(n)), None)
+
+
+def _made(module: nn.Module) -> list[nn.Module]:
+    """The modules that an attention makes its queries, keys and values with."""
+    names = (QUERY, KEY, VALUE)
+    return [child for name, child in module.named_children() if any(pattern.match(name) for pattern in names)]
 
 
 def _is_plain_sequence(module: nn.Module) -> bool:
@@ -319,19 +341,28 @@ def parent_of(name: str) -> str:
     return name.rpartition(".")[0]
 
 
-def projections(module: nn.Module) -> dict[str, str]:
-    """The Linear (or Conv1D) children of a module by name, with their paths in it: also those in a wrapper of one or a list."""
+def projections(module: nn.Module, convolutions: bool = False) -> dict[str, str]:
+    """The Linear (or Conv1D) children of a module by name, with their paths in it: also those in a wrapper of one or a list.
+
+    `convolutions`: also convolutions that look at one place (SqueezeBERT).
+    """
     found: dict[str, str] = {}
     for name, child in module.named_children():
-        if isinstance(child, nn.Linear | Conv1D):
+        if is_projection(child) or (convolutions and is_pointwise(child)):
             found[name] = name
         elif isinstance(child, nn.Sequential) or name == "to_out":
-            inner = [(n, c) for n, c in child.named_children() if isinstance(c, nn.Linear | Conv1D)]
+            inner = [(n, c) for n, c in child.named_children() if is_projection(c)]
             if len(inner) == 1:
                 found[name] = f"{name}.{inner[0][0]}"
-        elif isinstance(getattr(child, "linear", None), nn.Linear) and len(list(child.children())) == 1:
-            found[name] = f"{name}.linear"
+        elif isinstance(getattr(child, "linear", None), nn.Linear):
+            beside = [c for n, c in child.named_children() if n != "linear"]
+            if all(isinstance(c, nn.modules.batchnorm._BatchNorm) for c in beside):  # LeViT has one after each
+                found[name] = f"{name}.linear"
     return found
+
+
+def is_pointwise(module: nn.Module) -> bool:
+    return isinstance(module, nn.Conv1d) and tuple(module.kernel_size) == (1,)
 
 
 def _deep(module: nn.Module, prefix: str = "", depth: int = 0) -> dict[str, str]:
@@ -339,7 +370,7 @@ def _deep(module: nn.Module, prefix: str = "", depth: int = 0) -> dict[str, str]
     found: dict[str, str] = {}
     for name, child in module.named_children():
         path = join(prefix, name)
-        if isinstance(child, nn.Linear | Conv1D):
+        if is_projection(child):
             found[path] = path
         elif isinstance(child, nn.ModuleDict) or re.search(r"Expert|DenseAct|Router", type(child).__name__):
             continue  # blocks of their own

@@ -50,7 +50,7 @@ def coupled(
         module: a copy that may be run, differentiated and drawn anew.
         gate: the gate (columns,) on the projection that reads the units; changed in place, all ones at the end.
         units: the unit of each column, shape (columns,), from 0.
-        run: runs the module and gives its output.
+        run: runs the module and gives its outputs.
         redraw: draws all weights anew, from a seed.
         arguments: float tensors that `run` gives to the module, by name, leaves: their rows are looked at like a parameter's
             (a position bias that is computed outside), under the module name `ARGUMENT`.
@@ -144,11 +144,11 @@ def _one_draw(
                 gate.copy_(((units >> bit) & 1) != value)
                 seen.clear()
                 give_back()
-                outputs = tensors_in(run())[:1]
                 draw = torch.Generator().manual_seed(1)
-                for _, tensor in outputs:
-                    if tensor.requires_grad:
-                        tensor.backward(torch.randn(tensor.shape, generator=draw).to(tensor.device, tensor.dtype))
+                outputs = [tensor for _, tensor in tensors_in(run()) if tensor.requires_grad]
+                projected = [torch.randn(t.shape, generator=draw).to(t.device, t.dtype) for t in outputs]
+                if outputs:
+                    torch.autograd.backward(outputs, projected)
                 for place, size in shapes.items():
                     nothing = torch.ones(size, dtype=torch.bool, device=gate.device)
                     silent.setdefault(place, []).append(seen.get(place, nothing))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -12,9 +14,22 @@ from transformers.pytorch_utils import Conv1D
 
 from .candidates import join
 from .discover import Attention, FeedForward, Part, owners
+from .edits import CompressionError, spans_of
 from .heads import ConfigView, HeadCount, narrow_, select_heads_
 from .later import Later, sliced
-from .modules import GATED, LockedLinear, factor, gate_, is_gated, is_own_linear, ungate_, width_attribute
+from .modules import (
+    GATED,
+    GatedParameter,
+    LockedLinear,
+    factor,
+    gate_,
+    is_gated,
+    is_own_linear,
+    is_projection,
+    plain_kind,
+    ungate_,
+    width_attribute,
+)
 
 Block = Attention | FeedForward
 Undo = list[Callable[[], None]]
@@ -68,17 +83,18 @@ class Variant:
     wide: bool = False  # from attributes whose names say nothing
     divides: bool = False  # from the width of what comes in, divided by the number of heads
     narrow: bool = False  # from a width that it names
+    spread: bool = False  # nowhere: its projections alone are cut, and it computes with zeros for what is gone
     after: tuple[str, ...] = ()  # norms over all heads: what goes in stays whole, and the heads are chosen from what comes out
 
 
 def variants(block: Block, parts: tuple[Part, ...], norms: tuple[str, ...] = ()) -> list[Variant]:
     """Every guess about how a block's forward takes its sizes, the likeliest first. A proof picks the first that holds."""
     if not isinstance(block, Attention):
-        return [Variant(parts, wide=wide) for wide in (False, True)]
+        return [Variant(parts), Variant(parts, wide=True), Variant(parts, spread=True)]
     chosen = ((), norms) if norms else ((),)
     views: list[dict[str, bool]] = [{}, {"config": True}, {"divides": True}, {"wide": True}, {"wide": True, "config": True}]
     views += [{"narrow": True}, {"narrow": True, "divides": True}]
-    return [Variant(parts, after=after, **view) for view in views for after in chosen]
+    return [Variant(parts, after=after, **view) for view in views for after in chosen] + [Variant(parts, spread=True)]
 
 
 def cut_(get: Callable[[str], nn.Module], cut: Cut, variant: Variant, undo: Undo | None = None) -> dict[str, dict[str, Any]]:
@@ -96,6 +112,8 @@ def cut_(get: Callable[[str], nn.Module], cut: Cut, variant: Variant, undo: Undo
     undo = [] if undo is None else undo
     block, record = cut.block, {}
     _ungate(get(block.out), block, undo)  # a mask on the same columns has done its work
+    if variant.spread:
+        return _spread(get, cut, variant, undo)
     sizes: dict[int, int] = {}  # what a dimension had and has, for attributes that say it
     for part in variant.parts:
         module, rows = get(part.module), cut.rows(part)
@@ -116,16 +134,19 @@ def cut_(get: Callable[[str], nn.Module], cut: Cut, variant: Variant, undo: Undo
                 continue
             sizes.setdefault(tensor.shape[dim], len(rows))
             _keep(module, key, rows, dim, entry, undo)
-            if isinstance(module, nn.modules.batchnorm._BatchNorm) and key == "weight":
-                for statistic in ("running_mean", "running_var"):
-                    _keep_buffer(module, statistic, rows, entry, undo)
+            for statistic, of in _followers(module, key, dim):
+                _keep_buffer(module, statistic, rows, of, entry, undo)
+            if isinstance(module, nn.Conv1d) and dim == 0 and key == "weight":
+                _regroup(module, rows, entry, undo)
             for attribute in size_attributes(module, key, dim):
                 if getattr(module, attribute) != len(rows):
                     _set(module, attribute, len(rows), entry, undo)
     _select_arguments(get, cut, variant, record, undo)
     owner = get(block.name)
+    _forget(owner, undo)
     entry = record.setdefault(block.name, {})
-    named = [size for size in _sizes(cut) if not (variant.narrow and size[0] in INNER)]
+    how = block.shared_bias if isinstance(block, Attention) else None
+    named = [size for size in _sizes(cut) if how != "function" and not (variant.narrow and size[0] in INNER)]
     for name, old, new in named:
         value = getattr(owner, name, None)
         if isinstance(value, int) and not isinstance(value, bool) and value == old and old != new:
@@ -145,18 +166,58 @@ def cut_(get: Callable[[str], nn.Module], cut: Cut, variant: Variant, undo: Undo
     return {name: entry for name, entry in record.items() if entry}
 
 
+def _spread(get: Callable[[str], nn.Module], cut: Cut, variant: Variant, undo: Undo) -> dict[str, dict[str, Any]]:
+    """Cut the projections around a computation that stays as wide as it is: zeros stand for what is gone.
+
+    That changes nothing: what belongs to a unit alone does not reach the output once the unit is hidden.
+    """
+    record: dict[str, dict[str, Any]] = {}
+    out = get(cut.block.out)
+    if not isinstance(out, nn.Linear | Conv1D):
+        raise CompressionError(f"{cut.block.out!r} is no projection whose inputs could be chosen.")
+    for part in variant.parts:
+        module = get(part.module)
+        if part.argument is not None or not isinstance(module, nn.Linear | Conv1D):
+            continue
+        for dim, how in ((0, "spread"), (1, "input")):
+            if (part.parameter, part.dim) != factor(module, dim) or (module is out) != (how == "input"):
+                continue
+            before, rows = getattr(module, "hfc_heads", None), cut.rows(part)
+            weight = module._parameters[factor(module, dim)[0]]
+            assert weight is not None
+            full = weight.shape[part.dim] if before is None else module.hfc_arguments[0][2]  # type: ignore[index,union-attr]
+            entry = record.setdefault(part.module, {})
+            for key, along in ((part.parameter, part.dim), ("bias", 0)) if how == "spread" else ((part.parameter, part.dim),):
+                if module._parameters.get(key) is not None:
+                    _keep(module, key, rows, along, entry, undo)
+            _set(module, width_attribute(module, dim), len(rows), entry, undo)
+            chosen = rows.tolist() if before is None else [before[row] for row in rows.tolist()]  # type: ignore[index]
+            _select(module, how, chosen, entry, undo, [[how, 0, full]])
+    return record
+
+
+def _forget(module: Any, undo: Undo) -> None:
+    """What an attention remembers of its position bias (LeViT) is of all heads."""
+    before = module.__dict__.get("attention_bias_cache")
+    if before:
+        undo.append(lambda: setattr(module, "attention_bias_cache", before))
+        module.attention_bias_cache = {}
+
+
 def _dim(block: Block) -> int:
     return block.head_dim if isinstance(block, Attention) else 1
 
 
 def size_attributes(module: nn.Module, key: str, dim: int) -> tuple[str, ...]:
     """The attributes of a module that say how large this dimension of this parameter is."""
-    if isinstance(module, nn.Linear | Conv1D) and key in ("weight", "weight_in"):
+    if is_projection(module) and key in ("weight", "weight_in"):
         return (width_attribute(module, 1 - dim if isinstance(module, Conv1D) else dim),)
     if isinstance(module, nn.modules.batchnorm._BatchNorm):
         return ("num_features",)
     if isinstance(module, nn.Embedding):
         return (("num_embeddings", "embedding_dim")[dim],)
+    if isinstance(module, nn.Conv1d) and dim == 1 and module.groups == 1:
+        return ("in_channels",)
     if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and dim == 0:
         depthwise = module.weight.shape[1] == 1 and module.groups == module.out_channels
         return ("out_channels", "in_channels", "groups") if depthwise else ("out_channels",)
@@ -164,6 +225,7 @@ def size_attributes(module: nn.Module, key: str, dim: int) -> tuple[str, ...]:
 
 
 # what an attribute of a module never is: a size that heads or neurons change
+_NEVER = re.compile("len_|resolution|stride|window|kernel|patch|position|index|vocab")
 _OTHER = {*INDEX, "head_dim", "head_size", "training", "padding_idx", "attention_head_size"}
 
 
@@ -179,6 +241,8 @@ def _set_wide(
         if isinstance(module, nn.Linear | Conv1D | nn.Embedding | nn.Conv1d | nn.Conv2d | nn.Conv3d):
             continue
         for name, value in list(vars(module).items()):
+            if _NEVER.search(name):
+                continue
             if type(value) is int and name not in _OTHER and not name.startswith("_") and sizes.get(value, value) != value:
                 if path != owner and "head" not in name:
                     continue  # what computes positions, say, makes its tables from its own sizes when the model is loaded
@@ -243,7 +307,7 @@ def _select(
     arguments: list[Any] | None = None,
 ) -> None:
     """Let a module use, or give, only what belongs to the heads that stay (`heads.select_heads_`)."""
-    before, config = getattr(module, "hfc_heads", None), getattr(module, "config", None)
+    before, config, kind = getattr(module, "hfc_heads", None), getattr(module, "config", None), type(module)
     hooks: list[tuple[Any, dict[Any, Any]]] = [
         (kept, dict(kept))
         for kept in (
@@ -255,6 +319,7 @@ def _select(
     def restore() -> None:
         if config is not None:
             module.config = config
+        module.__class__ = kind
         for kept, was in hooks:
             kept.clear()
             kept.update(was)
@@ -267,7 +332,8 @@ def _select(
     if how == "output" and before is not None:  # what an earlier cut left out stays out
         chosen = [row for row in chosen if row in set(before)]  # type: ignore[arg-type]
     select_heads_(module, how, chosen, arguments)
-    entry["heads"] = {"how": how, "keep": chosen, **({} if arguments is None else {"arguments": arguments})}
+    kept = spans_of(tuple(chosen)) if how in ("spread", "input") else chosen  # columns, many
+    entry["heads"] = {"how": how, "keep": kept, **({} if arguments is None else {"arguments": arguments})}
 
 
 def _narrow(module: Any, old: int, new: int, entry: dict, undo: Undo) -> None:
@@ -301,19 +367,50 @@ def _keep(module: nn.Module, name: str, rows: torch.Tensor, dim: int, entry: dic
     old = module._parameters[name]
     assert old is not None
     waits = undo if isinstance(undo, Later) and undo.waits else None
-    kept = sliced(old, rows, dim) if waits is None else waits.put_off(module, name, old, rows, dim)
-    new = nn.Parameter(kept, requires_grad=old.requires_grad)
+    whole = old
+
+    def make() -> nn.Parameter:
+        kept = sliced(whole, rows, dim) if waits is None else waits.put_off(module, name, whole, rows, dim)
+        return nn.Parameter(kept, requires_grad=whole.requires_grad)
+
+    new = undo.same(old, rows, dim, make) if isinstance(undo, Later) and waits is None else make()
     undo.append(lambda: module._parameters.__setitem__(name, old))
     module._parameters[name] = new
     entry.setdefault("shapes", {})[name] = list(new.shape)
 
 
-def _keep_buffer(module: nn.Module, name: str, rows: torch.Tensor, entry: dict, undo: Undo) -> None:
+def _followers(module: nn.Module, key: str, dim: int) -> list[tuple[str, int]]:
+    """Buffers that go with a dimension of a parameter, which no gradient reaches: (name, dimension)."""
+    if isinstance(module, nn.modules.batchnorm._BatchNorm) and key == "weight":
+        return [("running_mean", 0), ("running_var", 0)]
+    if f"{key}_integer" in module._buffers:  # I-BERT: what its weights are rounded to, and the scale of each row
+        return [(f"{key}_integer", dim)] + ([("fc_scaling_factor", 0)] if (key, dim) == ("weight", 0) else [])
+    return []
+
+
+def _regroup(module: nn.Conv1d, rows: torch.Tensor, entry: dict, undo: Undo) -> None:
+    """A convolution in groups that loses outputs: as many groups as outputs need, each with the inputs that it had."""
+    if module.groups == 1 or module.groups == module.out_channels:
+        return
+    each, inputs = module.out_channels // module.groups, module.in_channels // module.groups
+    counts = torch.bincount(rows // each, minlength=module.groups).tolist()
+    size = math.gcd(*counts)
+    groups = [group for group, count in enumerate(counts) for _ in range(count // size)]
+    if groups != list(range(module.groups)):
+        before, full = getattr(module, "hfc_heads", None), getattr(module, "hfc_arguments", [["", 1, module.in_channels]])[0][2]  # type: ignore
+        chosen = [group * inputs + i for group in groups for i in range(inputs)]
+        chosen = chosen if before is None else [before[i] for i in chosen]  # type: ignore[index]
+        _select(module, "input", chosen, entry, undo, [["input", 1, full]])
+        _set(module, "in_channels", len(chosen), entry, undo)
+        _set(module, "groups", len(groups), entry, undo)
+
+
+def _keep_buffer(module: nn.Module, name: str, rows: torch.Tensor, dim: int, entry: dict, undo: Undo) -> None:
     old = module._buffers.get(name)
     if old is None:
         return
     undo.append(lambda: module._buffers.__setitem__(name, old))
-    module._buffers[name] = old.detach().index_select(0, rows.to(old.device)).contiguous()
+    module._buffers[name] = old.detach().index_select(dim, rows.to(old.device)).contiguous()
     entry.setdefault("shapes", {})[name] = list(module._buffers[name].shape)  # type: ignore[union-attr]
 
 
@@ -326,4 +423,5 @@ def _set(module: nn.Module, name: str, value: int, entry: dict, undo: Undo) -> N
 
 def is_plain_linear(module: nn.Module) -> bool:
     """Whether a projection is what it seems, and not a quantized or adapted subclass."""
-    return type(module) in GATED or type(module) in GATED.values() or type(module) is LockedLinear or is_own_linear(module)
+    kind = plain_kind(module) if isinstance(module, GatedParameter) else type(module)
+    return kind in GATED or kind in GATED.values() or kind is LockedLinear or is_own_linear(module)

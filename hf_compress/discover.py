@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch import nn
 
 from .candidates import attentions_in, ffns_in
@@ -72,7 +74,7 @@ def discover(model: nn.Module) -> Structure:
     modules = dict(inner.named_modules())
     attentions = tuple(attentions_in(modules))
     taken = {part.module for a in attentions for part in a.parts}
-    ffns = tuple(ffns_in(modules, taken))
+    ffns = _with_twins(modules, list(ffns_in(modules, taken)))
     return Structure(
         attentions,
         ffns,
@@ -85,6 +87,22 @@ def discover(model: nn.Module) -> Structure:
         tuple(Embedding(name, m.num_embeddings, m.embedding_dim) for name, m in modules.items() if isinstance(m, nn.Embedding)),
         tuple(find_mixtures(modules)),
     )
+
+
+def _with_twins(modules: dict[str, nn.Module], ffns: list[FeedForward]) -> tuple[FeedForward, ...]:
+    """One block for all whose weights are the very same: the first, with the others as its twins."""
+    same: dict[tuple, list[FeedForward]] = {}
+    for ffn in ffns:
+        weights = [modules[part.module]._parameters.get(part.parameter or "weight") for part in ffn.parts]
+        same.setdefault(tuple(id(weight) if weight is not None else (ffn.name,) for weight in weights), []).append(ffn)
+    return tuple(_first_of(alike) for alike in same.values())
+
+
+def _first_of(alike: list[FeedForward]) -> FeedForward:
+    def others(ffn: FeedForward) -> tuple[FeedForward, ...]:
+        return tuple(other for other in alike if other is not ffn)
+
+    return replace(alike[0], twins=tuple(replace(twin, twins=others(twin)) for twin in alike[1:]))
 
 
 def _layers(modules: dict[str, nn.Module], outs: list[str]) -> tuple[Layer, ...]:

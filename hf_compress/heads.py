@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
@@ -70,28 +71,72 @@ class HeadCount(int):
         return HeadCount, (int(self), self.width, self.head_dim)
 
 
-class _Narrower(TorchFunctionMode):
-    """Where a tensor is brought into a shape that it does not fill, `old` in that shape means `new`."""
+class _Fewer(TorchFunctionMode):
+    """What a forward says of all heads, understood of those that there are.
 
-    def __init__(self, old: int, new: int) -> None:
+    `width`: (old, new): where a tensor is brought into a shape that it does not fill, `old` in that shape means `new`.
+    `heads`: those that there are, where torch's own attention is called as if there were all (WavLM), and where scores get
+    a bias of all heads added in place (LongT5).
+    """
+
+    def __init__(self, width: list[int] | None, heads: list[int] | None) -> None:
         super().__init__()
-        self.old, self.new = old, new
+        self.width, self.heads = width, heads
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func in (torch.Tensor.reshape, torch.Tensor.view, torch.reshape) and len(args) > 1:
+        kwargs = kwargs or {}
+        if self.width and func in (torch.Tensor.reshape, torch.Tensor.view, torch.reshape) and len(args) > 1:
+            old, new = self.width
             given = args[1:] if isinstance(args[1], int) else args[1]
-            if isinstance(given, tuple | list) and -1 not in given and self.old in given:
+            if isinstance(given, tuple | list) and -1 not in given and old in given:
                 there = list(given)
                 if math.prod(there) != args[0].numel():
-                    there[len(there) - 1 - there[::-1].index(self.old)] = self.new
+                    there[len(there) - 1 - there[::-1].index(old)] = new
                     args = (args[0], there)
-        return func(*args, **(kwargs or {}))
+        if self.heads and func is F.multi_head_attention_forward:
+            return _attend(self.heads, *args, **kwargs)
+        if self.heads and func in (torch.Tensor.__iadd__, torch.Tensor.add_) and args[0].ndim == args[1].ndim > 3:
+            if args[0].shape[-3] == len(self.heads) != args[1].shape[-3] > max(self.heads):
+                args = (args[0], args[1].index_select(-3, torch.tensor(self.heads, device=args[1].device)))
+        return func(*args, **kwargs)
+
+
+def _attend(
+    heads: list[int], query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, embed_dim: int, num_heads: int,
+    in_weight: Any, in_bias: torch.Tensor, bias_k: Any, bias_v: Any, add_zero_attn: bool, dropout_p: float,
+    out_weight: torch.Tensor, out_bias: torch.Tensor | None, training: bool = True, key_padding_mask: torch.Tensor | None = None,
+    need_weights: bool = True, attn_mask: torch.Tensor | None = None, use_separate_proj_weight: bool = False, **weights: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
+    """`torch.nn.functional.multi_head_attention_forward` (length first) with some of its heads: for WavLM's way of calling it.
+
+    `attn_mask` (batch * num_heads, length, length) is of all heads, the projections' weights are those of `heads` alone.
+    """
+    if bias_k is not None or bias_v is not None or add_zero_attn or not use_separate_proj_weight:
+        raise NotImplementedError("torch's attention with fused weights or with keys of its own")
+    length, rows, _ = query.shape
+    projected = [
+        F.linear(x, weights[f"{name}_proj_weight"], bias).view(len(x), rows * len(heads), -1).transpose(0, 1)
+        for x, name, bias in zip((query, key, value), "qkv", in_bias.chunk(3), strict=True)
+    ]
+    q, k, v = projected
+    scores = torch.bmm(q * q.shape[-1] ** -0.5, k.transpose(-2, -1))
+    if attn_mask is not None:
+        chosen = torch.tensor(heads, device=q.device)
+        scores = scores + attn_mask.view(rows, num_heads, *attn_mask.shape[1:]).index_select(1, chosen).flatten(0, 1)
+    if key_padding_mask is not None:
+        hidden = key_padding_mask[:, None, None, :].expand(-1, len(heads), -1, -1).flatten(0, 1)
+        scores = scores.masked_fill(hidden, float("-inf"))
+    shares = scores.softmax(-1)
+    context = torch.bmm(F.dropout(shares, dropout_p, training), v).transpose(0, 1).reshape(length, rows, -1)
+    output = F.linear(context, out_weight, out_bias)
+    return output, shares.view(rows, len(heads), *shares.shape[1:]).mean(1) if need_weights else None
 
 
 @functools.cache
 def _narrow_class(kind: type) -> type:
+    @functools.wraps(kind.forward)
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        with _Narrower(*self.hfc_width):
+        with _Fewer(self.__dict__.get("hfc_width"), self.__dict__.get("hfc_heads")):
             return kind.forward(self, *args, **kwargs)
 
     members = {"forward": forward, "hfc_plain": kind, "__module__": kind.__module__, "__qualname__": kind.__qualname__}
@@ -108,13 +153,19 @@ def _rebuild_narrow(kind: type, state: dict[str, Any]) -> Any:
     return module
 
 
+def _tell_(module: Any) -> None:
+    """Let the forward of an attention run where what it says of all heads is understood of those that there are."""
+    if not hasattr(type(module), "hfc_plain"):
+        module.__class__ = _narrow_class(type(module))
+
+
 def narrow_(module: Any, old: int, new: int) -> None:
     """Let an attention whose forward names its full width when it puts the heads together (Longformer) name what is left."""
-    if "hfc_width" not in module.__dict__:
-        module.__class__ = _narrow_class(type(module))
+    _tell_(module)
     module.__dict__["hfc_width"] = [old, new]
 
 
+HOW = ("interface", "argument", "output", "function", "added", "spread", "input")  # see `select_heads_`
 SELECT = "hf_compress_select_heads"
 
 
@@ -162,18 +213,47 @@ def _select_output(module: Any, _args: Any, output: torch.Tensor) -> torch.Tenso
     return output[..., module.hfc_heads]
 
 
+def _spread_output(module: Any, _args: Any, output: Any) -> Any:
+    first = output[0] if isinstance(output, tuple) else output
+    (_, _, full), rows = module.hfc_arguments[0], torch.tensor(module.hfc_heads, device=first.device)
+    spread = first.new_zeros(*first.shape[:-1], full).index_copy(-1, rows, first)
+    return (spread, *output[1:]) if isinstance(output, tuple) else spread
+
+
+def _choose_input(module: Any, args: tuple) -> tuple:
+    dim = module.hfc_arguments[0][1] or -1
+    return (args[0].index_select(dim, torch.tensor(module.hfc_heads, device=args[0].device)), *args[1:])
+
+
+def spread_width(module: Any) -> int | None:
+    """How many inputs a projection is given where it chooses from them (`select_heads_`, "input"); None where it takes all."""
+    named = getattr(module, "hfc_arguments", None) or [("", 0, 0)]
+    return named[0][2] if named[0][0] == "input" else None
+
+
 def select_heads_(module: nn.Module, how: str, heads: list[int], arguments: list[Any] | None = None) -> None:
     """Let an attention use only these heads of a position bias that is computed once for a whole stack.
 
     `how`: `"interface"` where the bias travels through the attention function (T5), `"argument"` where it arrives as
     an argument of the module (MPNet), `"output"` where the module is a norm over all heads, of whose output these columns
-    are used (OLMo 2).
+    are used (OLMo 2), `"function"` where all that a forward knows is all heads, and torch's own function attends (WavLM),
+    `"added"` where it is added to the scores in place (LongT5). `"spread"` and `"input"` where a forward cannot be told that there are fewer (CodeGen, which works in
+    four groups): a projection's outputs are set among zeros, and the last projection chooses its inputs.
 
-    `arguments`: which arguments: (name, dimension, heads that there are); MPNet's if left out.
+    `arguments`: which arguments: (name, dimension, heads that there are); MPNet's if left out. For `"spread"` and `"input"`
+    that word, the dimension (0: the last) and its full width.
     """
     if not hasattr(module, "hfc_heads"):
         if how == "interface":
             module.config = ConfigView(module.config, _attn_implementation=SELECT)  # type: ignore[assignment]
+        elif how in ("function", "added"):
+            _tell_(module)
+        elif how in ("spread", "input"):
+            module.hfc_arguments = arguments  # type: ignore[assignment]
+            if how == "spread":
+                module.register_forward_hook(_spread_output)
+            else:
+                module.register_forward_pre_hook(_choose_input)
         elif arguments is not None:
             module.hfc_arguments = arguments  # type: ignore[assignment]
             module.register_forward_pre_hook(_select_named_argument, with_kwargs=True)

@@ -46,6 +46,7 @@ class Later(list[Callable[[], None]]):
         self.waits = False  # whether slices wait; else they are made at once
         self._whole: dict[tuple[nn.Module, str], torch.Tensor] = {}
         self._rows: dict[tuple[nn.Module, str], list[tuple[torch.Tensor, int]]] = {}
+        self._made: dict[tuple, nn.Parameter] = {}
 
     def put_off(self, module: nn.Module, name: str, tensor: torch.Tensor, rows: torch.Tensor, dim: int) -> torch.Tensor:
         """The shape that these rows will have."""
@@ -56,6 +57,10 @@ class Later(list[Callable[[], None]]):
         shape = list(tensor.shape)
         shape[dim] = len(rows)
         return torch.empty(shape, dtype=tensor.dtype, device="meta")
+
+    def same(self, old: torch.Tensor, rows: torch.Tensor, dim: int, make: Callable[[], nn.Parameter]) -> nn.Parameter:
+        """What these rows became: one parameter, though several modules hold the old one (which the list of undoing keeps)."""
+        return self._made.setdefault((id(old), tuple(rows.tolist()), dim), make())
 
     def forgotten(self, model: nn.Module) -> str | None:
         """A weight that is nothing but a shape and is not waiting here: something has sliced it past this list."""
@@ -70,19 +75,26 @@ class Later(list[Callable[[], None]]):
         places = sorted(
             self._whole, key=lambda place: -self._whole[place].nbytes
         )  # where there is room for one, there is for all
+        whole = [id(tensor) for tensor in self._whole.values()]
+        names = {place: id(self._whole[place]) for place in places if whole.count(id(self._whole[place])) > 1}
+        made: dict[tuple, nn.Parameter] = {}  # of weights that several modules hold: they still will
         with _uninterrupted(), torch.inference_mode(False), torch.no_grad():
             for place in places:
                 module, name = place
                 kept = self._whole[place]
-                for rows, dim in self._rows[place]:
-                    kept = sliced(kept, rows, dim)
+                which = (names.get(place), *((tuple(rows.tolist()), dim) for rows, dim in self._rows[place] if place in names))
+                if which not in made:
+                    for rows, dim in self._rows[place]:
+                        kept = sliced(kept, rows, dim)
                 before = module._parameters[name]
                 assert before is not None
                 self.clear()  # it holds the whole ones
-                module._parameters[name] = nn.Parameter(kept, requires_grad=before.requires_grad)
+                new = made[which] if which in made else nn.Parameter(kept, requires_grad=before.requires_grad)
+                module._parameters[name] = new
+                made.update({which: new} if place in names else {})
                 del self._whole[place], kept
             self.clear()
-            self._whole, self._rows = {}, {}
+            self._whole, self._rows, self._made = {}, {}, {}
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from .edits import CompressionError, from_spans, spans_of
 from .exits.options import check_options
 from .exits.runtime import attach_exits_
-from .heads import ConfigView, HeadCount, narrow_, select_heads_
+from .heads import HOW, ConfigView, HeadCount, narrow_, select_heads_
 from .kinds import check_kinds, follow_ties_, make_
 from .mixtures import COUNTS, GROUPS, experts_of, settle_counts_
 from .modules import PLAIN, LockedLinear, dense_weight, gate_, is_gated, lock_, plain_kind, width
@@ -328,9 +328,9 @@ def check(layout: Any) -> Layout:
                 raise CompressionError(f"The layout says that {name}.{attribute} divides {full!r}; two widths were expected.")
         heads = entry.get("heads")
         if heads is not None and (
-            heads.get("how") not in ("interface", "argument", "output")
-            or not isinstance(heads.get("keep"), list)
-            or not all(type(h) is int and h >= 0 for h in heads["keep"])
+            heads.get("how") not in HOW
+            or not isinstance(heads.get("keep"), list | str)
+            or not all(type(h) is int and h >= 0 for h in heads["keep"] if isinstance(heads["keep"], list))
             or not all(map(_is_argument, heads.get("arguments", [])))
         ):
             raise CompressionError(f"The layout selects heads {heads!r} in {name!r}; a list of indices was expected.")
@@ -431,7 +431,9 @@ def _replay_module(name: str, module: nn.Module, entry: Mapping[str, Any], start
     if entry.get("config"):
         module.config = ConfigView(module.config, **entry["config"])  # type: ignore[assignment]
     if entry.get("heads"):
-        select_heads_(module, entry["heads"]["how"], entry["heads"]["keep"], entry["heads"].get("arguments"))
+        kept = entry["heads"]["keep"]
+        kept = list(from_spans(kept)) if isinstance(kept, str) else kept
+        select_heads_(module, entry["heads"]["how"], kept, entry["heads"].get("arguments"))
     if start is not None and dense is not None:
         start(module, dense)
 

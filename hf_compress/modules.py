@@ -255,8 +255,16 @@ def ungate_(linear: nn.Module) -> None:
 def is_own_linear(module: nn.Module) -> bool:
     """Whether a module is a model's own kind of Linear (Falcon's, say), with an ordinary weight."""
     weight = module._parameters.get("weight")
-    own = plain_kind(module).__module__.startswith("transformers.models.") and isinstance(module, nn.Linear)
-    return own and weight is not None and weight.ndim == 2 and weight.is_floating_point()
+    if weight is None or weight.ndim != 2 or not weight.is_floating_point():
+        return False
+    sizes = getattr(module, "out_features", None), getattr(module, "in_features", None)  # I-BERT's is no nn.Linear
+    own = plain_kind(module).__module__.startswith("transformers.models.")
+    return own and (isinstance(module, nn.Linear) or sizes == tuple(weight.shape))
+
+
+def is_projection(module: nn.Module) -> bool:
+    """Whether a module multiplies vectors by its weight: a Linear, a Conv1D, or a model's own kind of one."""
+    return isinstance(module, nn.Linear | Conv1D) or is_own_linear(module)
 
 
 def is_gated(module: nn.Module) -> bool:

@@ -16,12 +16,13 @@ from tqdm.auto import tqdm
 from transformers import Cache
 from transformers.pytorch_utils import Conv1D
 
+from .candidates import parent_of
 from .coupling import ARGUMENT, SHARED, coupled
 from .cutting import INDEX, Block, Cut, Variant, cut_, unit_columns, variants
-from .discover import Attention, Part
+from .discover import Attention, FeedForward, Part
 from .edits import CompressionError
 from .memory import give_back
-from .modules import gate_, ungate_
+from .modules import gate_, plain_kind, ungate_
 from .probe import difference, map_tensors, tensors_in, tolerance
 from .refusals import check_part, check_sharing
 
@@ -55,14 +56,42 @@ def prove(model: nn.Module, cuts: list[Cut], run: Callable[[], list[Any]], maske
     Raises:
         CompressionError: a block was never run, or no guess about it holds.
     """
+    more: list[str] = []  # scopes that give more than one tensor to what comes after: LiLT's layers, of words and of boxes
+    try:
+        return _prove(model, cuts, run, masked, more, {}, False)
+    except CompressionError as error:
+        if not more:
+            raise
+        try:
+            return _prove(model, cuts, run, masked, [], {}, True)
+        except Exception:
+            raise error from None
+
+
+def _prove(
+    model: nn.Module,
+    cuts: list[Cut],
+    run: Callable[[], list[Any]],
+    masked: Callable[[], Any],
+    more: list[str],
+    proved: dict[str, Variant],
+    every: bool,
+    again: bool = True,
+) -> dict[str, Variant]:
+    """One pass. `every`: each tensor that a module gives counts, not the first alone. `again`: another one may follow.
+
+    `proved`: what is known already; more is noted there. `more`: gets the scopes that give several tensors.
+    """
     modules = dict(model.named_modules())
     groups = _groups(cuts)
-    proved: dict[str, Variant] = {}
     progress = tqdm(total=len(groups), desc="prove", unit="block", leave=False, disable=None, delay=3)
 
     given: dict[str, list[tuple[Any, Any]]] = {scope: [] for scope in groups}
     known: dict[Any, Any] = {}  # what was found, and proved, for blocks that are built alike
     taken: set[str] = set()  # blocks whose variant was proved on another one
+
+    anew: set[str] = set()  # blocks that were proved on a later call than their first
+    calls = dict.fromkeys(groups, 0)
 
     states: list[torch.Tensor] = []  # of the random numbers, as each block found them (Informer draws keys)
 
@@ -73,11 +102,13 @@ def prove(model: nn.Module, cuts: list[Cut], run: Callable[[], list[Any]], maske
     def stand_in(scope: str, module: nn.Module, _args: Any, _kwargs: Any, output: Any) -> Any:
         args, kwargs = given[scope].pop()
         group = groups[scope]
+        calls[scope] += 1
+        more.extend([scope] if len(_outputs(output, True)) > 1 else [])
         if any(cut.block.name not in proved for cut in group):
             progress.update()
         for cut in group:
             if cut.block.name not in proved:
-                proved[cut.block.name], alike = _prove_structure(modules, scope, group, cut, args, kwargs, known)
+                proved[cut.block.name], alike = _prove_structure(modules, scope, group, cut, args, kwargs, known, every)
                 taken.update([cut.block.name] if alike else [])
                 give_back()
         state = states.pop()
@@ -97,19 +128,27 @@ def prove(model: nn.Module, cuts: list[Cut], run: Callable[[], list[Any]], maske
         try:
             result = replaced()
             _compare(output, result, what, first_only=True)
-        except Exception:  # what was proved on another block may not be true of this one: then it is proved by itself
-            mine = [cut for cut in group if cut.block.name in taken]
+        except (
+            Exception
+        ):  # what was proved on another block, or on another call (one without masks), may not be true of this one
+            mine = [cut for cut in group if cut.block.name in taken] or (group if again else [])
             if not mine:
                 raise
             for cut in mine:
-                proved[cut.block.name], _ = _prove_structure(modules, scope, group, cut, args, kwargs, {})
+                proved[cut.block.name], _ = _prove_structure(modules, scope, group, cut, args, kwargs, {}, every)
+                anew.update([cut.block.name] if calls[scope] > 1 else [])
                 taken.discard(cut.block.name)
             result = replaced()
             _compare(output, result, what, first_only=True)
         return result
 
     with masked(), progress:
-        reference = run()
+        ran: set[str] = set()
+        with ExitStack() as hooks:
+            for cut in cuts:
+                note = _ours(lambda *_, name=cut.block.name: ran.add(name))
+                hooks.callback(modules[cut.block.out].register_forward_pre_hook(note).remove)
+            reference = run()
         with ExitStack() as hooks:
             for scope in groups:
                 before = _ours(functools.partial(remember, scope))
@@ -120,14 +159,30 @@ def prove(model: nn.Module, cuts: list[Cut], run: Callable[[], list[Any]], maske
                 ):
                     hooks.callback(handle.remove)
             result = run()
+    twins = {twin.name for cut in cuts if isinstance(cut.block, FeedForward) for twin in cut.block.twins}
+    for cut in cuts:  # the same weights elsewhere, in a module that is built alike and does not run on these inputs
+        if cut.block.name in twins - proved.keys() and (_key(modules, cut.block), True) in known:
+            proved[cut.block.name] = _named(known[_key(modules, cut.block), True], cut.block.scope)
     idle = [cut.block.name for cut in cuts if cut.block.name not in proved]
+    if any(cut.block.name in ran.intersection(idle) and parent_of(cut.block.scope) for cut in cuts):
+        # SqueezeBERT says layer.forward(...), which no hook sees: what is above its layers runs them
+        cuts = [replace(cut, block=_wider(cut.block)) if cut.block.name in ran.intersection(idle) else cut for cut in cuts]
+        return _prove(model, cuts, run, masked, more, proved, every)
     if idle:
         raise CompressionError(
             f"Cannot prove a cut of {idle[0]!r}: it did not run on the proof's inputs. "
             "Pass inputs=... with a batch that uses it, or leave it out of the plan."
         )
+    if anew:  # what was proved on a later call must be true of the earlier ones
+        return _prove(model, cuts, run, masked, more, proved, every, again=False)
     _compare(reference, result, "the cut model as a whole")
     return proved
+
+
+def _wider(block: Block) -> Block:
+    """The block, with the module above the one that runs its parts."""
+    scope = parent_of(block.scope)
+    return replace(block, scope=scope) if scope else block
 
 
 def _groups(cuts: list[Cut]) -> dict[str, list[Cut]]:
@@ -158,6 +213,8 @@ def _copy(module: nn.Module) -> nn.Module:
     """A copy that no gradient and no hook of ours reaches."""
     double = copy.deepcopy(module)
     for part in double.modules():
+        if "attention_bias_cache" in part.__dict__:
+            part.attention_bias_cache = _Forgetful()  # type: ignore[assignment]
         for hooks, more in (
             (part._forward_hooks, part._forward_hooks_with_kwargs),
             (part._forward_pre_hooks, part._forward_pre_hooks_with_kwargs),
@@ -168,6 +225,13 @@ def _copy(module: nn.Module) -> nn.Module:
                     hooks.pop(key)
                     more.pop(key, None)
     return double.requires_grad_(False)
+
+
+class _Forgetful(dict):
+    """In the place of what LeViT remembers in eval mode: whatever is asked for is made anew, with its gradient."""
+
+    def __contains__(self, key: object) -> bool:
+        return False
 
 
 class _Dropped(list[Callable[[], None]]):
@@ -206,7 +270,14 @@ def randomize(module: nn.Module, seed: int = 0) -> None:
 
 
 def _prove_structure(
-    modules: dict[str, nn.Module], scope: str, group: list[Cut], cut: Cut, args: Any, kwargs: Any, known: dict
+    modules: dict[str, nn.Module],
+    scope: str,
+    group: list[Cut],
+    cut: Cut,
+    args: Any,
+    kwargs: Any,
+    known: dict,
+    every: bool = False,
 ) -> tuple[Variant, bool]:
     """What belongs to the units of one block, and the first guess under which cut and mask agree whatever the weights are.
 
@@ -235,7 +306,7 @@ def _prove_structure(
             f"Cannot prove a cut of {block.name!r}: {f'{scope}.{broken[0]}'.lstrip('.')} holds NaN or infinities. If a "
             "training diverged, go back to a checkpoint from before (a lower learning rate, max_grad_norm or bf16 may help)."
         )
-    key = (_signature(module), block.size, block.name[len(scope) :], block.out[len(scope) :])
+    key = _key(modules, replace(block, scope=scope))
     whole = len(cut.kept) == len(cut.kept_kv) * block.groups if isinstance(block, Attention) else True
     if (key, whole) in known:
         variant = _named(known[key, whole], scope)
@@ -246,16 +317,23 @@ def _prove_structure(
         return variant, True
     free, gate = drawn()
     if key not in known:
-        known[key] = _find_parts(free, block, gate, args(), kwargs())
+        known[key] = _find_parts(free, block, gate, args(), kwargs(), every)
 
     def run(part: nn.Module) -> list[tuple[str, torch.Tensor]]:
         torch.default_generator.manual_seed(0)
-        return tensors_in(part(*args(), **kwargs()))[:1]
+        return _outputs(part(*args(), **kwargs()), every)
 
     plain = run(free)
     gate.copy_(cut.gate())
     masked = run(free)
-    if not plain or (len(cut.kept) < block.size and difference(plain[0][1], masked[0][1]) == 0.0):
+    for seed in range(1, 4):  # a ReLU may be silent just where this draw hides it
+        if plain and _worst(plain, masked) == 0.0:
+            _randomize(free, seed)
+            gate.fill_(1.0)
+            plain = run(free)
+            gate.copy_(cut.gate())
+            masked = run(free)
+    if not plain or (len(cut.kept) < block.size and _worst(plain, masked) == 0.0):
         raise CompressionError(
             f"Cannot prove a cut of {block.name!r}: masking its output projection {block.out!r} changes nothing, "
             "so what `discover` took for heads or neurons is something else. Leave it out of the plan."
@@ -283,7 +361,7 @@ def _prove_structure(
             masked = run(free)
         try:
             cut_(_finder(free, scope), cut, variant, _Dropped())
-            worst = difference(masked[0][1], run(free)[0][1])
+            worst = _worst(masked, run(free))
         except Exception as error:  # a wrong guess may break a forward in any way; the next one is tried
             what = f"{type(error).__name__}: {str(error).splitlines()[0]}" if str(error) else type(error).__name__
             reason = reason or f"its forward does not run with fewer ({what})"
@@ -348,6 +426,11 @@ def _check_separable(free: nn.Module, block: Block, parts: tuple[Part, ...], sco
     )
 
 
+def _key(modules: dict[str, nn.Module], block: Block) -> tuple:
+    scope = block.scope
+    return (_signature(modules[scope]), block.size, block.name[len(scope) :], block.out[len(scope) :])
+
+
 def _signature(module: nn.Module) -> tuple:
     """What two modules must have in common for the same rows of them to belong together."""
     rows = []
@@ -355,11 +438,23 @@ def _signature(module: nn.Module) -> tuple:
         numbers = tuple(sorted((k, v) for k, v in vars(part).items() if isinstance(v, int | float | str) and k not in INDEX))
         numbers += (str(vars(part).get("hfc_heads")),)
         shapes = tuple((k, tuple(p.shape)) for k, p in part._parameters.items() if p is not None)
-        rows.append((name, type(part).__name__, numbers, shapes))
+        rows.append((name, plain_kind(part).__name__, numbers, shapes))
     return tuple(rows)
 
 
-def _find_parts(free: nn.Module, block: Block, gate: torch.Tensor, args: Any, kwargs: Any) -> tuple[Part, ...]:
+def _outputs(value: Any, every: bool) -> list[tuple[str, torch.Tensor]]:
+    """The first tensor that a module gives; with `every`, all that have a vector where it has one (attention maps have not)."""
+    found = tensors_in(value)
+    return [(n, t) for n, t in found if every and t.shape[:-1] == found[0][1].shape[:-1]] or found[:1]
+
+
+def _worst(some: list[tuple[str, torch.Tensor]], others: list[tuple[str, torch.Tensor]]) -> float:
+    return max(difference(one, other) for (_, one), (_, other) in zip(some, others, strict=True))
+
+
+def _find_parts(
+    free: nn.Module, block: Block, gate: torch.Tensor, args: Any, kwargs: Any, every: bool = False
+) -> tuple[Part, ...]:
     """The parts of a block, with the units that their rows belong to; modules are named from `free`."""
     names = list(inspect.signature(free.forward).parameters)
     given = {**dict(zip(names, args, strict=False)), **kwargs}
@@ -368,13 +463,10 @@ def _find_parts(free: nn.Module, block: Block, gate: torch.Tensor, args: Any, kw
     named = {name: floats.get(name, value) for name, value in kwargs.items()}
 
     def run() -> Any:
-        torch.default_generator.manual_seed(0)
-        return free(*_Fresh(tuple(positions))(), *args[len(names) :], **_Fresh(named)())
+        return [t for _, t in _outputs(free(*_Fresh(tuple(positions))(), *args[len(names) :], **_Fresh(named)()), every)]
 
     def find(units: torch.Tensor) -> dict:
-        redraw = functools.partial(randomize, free)
-        more = args[len(names) :]
-        return coupled(free, gate, units, lambda: free(*_Fresh(tuple(positions))(), *more, **_Fresh(named)()), redraw, floats)
+        return coupled(free, gate, units, run, functools.partial(randomize, free), floats)
 
     columns = unit_columns(block)
     owners = find(columns)
@@ -384,6 +476,10 @@ def _find_parts(free: nn.Module, block: Block, gate: torch.Tensor, args: Any, kw
             owners[place] = torch.where((head < 0) & (group >= 0), block.num_heads + group, head)
     shared = isinstance(block, Attention) and block.shared_bias
     whole = {name for name, part in free.named_modules() if shared and isinstance(part, nn.Embedding)}
+    if shared == "function":  # everything but the projections is as all heads need it
+        whole = {name for name, _ in free.named_modules()} - {
+            part.module[len(block.name) :].lstrip(".") for part in block.parts
+        }
     parts = []
     for (name, key, dim), owner in owners.items():
         if name == ARGUMENT:

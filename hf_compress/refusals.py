@@ -116,7 +116,11 @@ def check_masks(model: nn.Module, cuts: list[Cut]) -> None:
 
 
 def check_sharing(modules: Mapping[str, nn.Module], block: Block, parts: Iterable[Part]) -> None:
-    """Refuse weights that another module uses as well: cutting one would untie or break the other."""
+    """Refuse weights that another module uses as well: cutting one would untie or break the other.
+
+    Not those of its twins, which are cut alike.
+    """
+    alike = {part.module for twin in block.twins for part in twin.parts} if isinstance(block, FeedForward) else set()
     for part in parts:
         if part.argument is not None:
             continue
@@ -127,6 +131,7 @@ def check_sharing(modules: Mapping[str, nn.Module], block: Block, parts: Iterabl
             if tensor is None:
                 continue
             users = [n for n, m in modules.items() if m is not module and any(p is tensor for p in m._parameters.values())]
+            users = [name for name in users if name not in alike]
             if users:
                 raise CompressionError(
                     f"{part.module}.{key} is shared with {users}; cutting it for {block.name!r} would change them too. "

@@ -46,7 +46,7 @@ class Resolved:
         for ffn in self.structure.ffns:
             kept = self.neurons.get(ffn.name)
             if kept is not None and len(kept) < ffn.size and not self.is_gone(ffn.name):
-                cuts.append(Cut(ffn, kept))
+                cuts += [Cut(same, kept) for same in (ffn, *ffn.twins)]
         return cuts
 
     @property

@@ -60,6 +60,8 @@ class FeedForward:
     scope: str = field(repr=False)
     # where the neurons are read from a bare parameter and not by a Linear: (parameter of `out`, its dimension)
     consumer: tuple[str, int] | None = field(default=None, repr=False)
+    # the same block under other names: other modules with the very same weights, which are cut with it (RT-DETR's boxes)
+    twins: tuple[FeedForward, ...] = field(default=(), repr=False)
 
     @property
     def gated(self) -> bool:
@@ -108,6 +110,11 @@ class Structure:
         """The layers by the short name of their stack."""
         names = dict.fromkeys(layer.stack for layer in self.layers)
         return {name: tuple(layer for layer in self.layers if layer.stack == name) for name in names}
+
+    @property
+    def own_ffns(self) -> tuple[FeedForward, ...]:
+        """The feed-forward blocks whose weights nothing else uses: those that planners choose from."""
+        return tuple(ffn for ffn in self.ffns if not ffn.twins)
 
     @property
     def channels(self) -> tuple[Convolution, ...]:

@@ -109,10 +109,10 @@ def plan_pruning(
     structure = discover(model)
     if any(p.is_meta for p in model.parameters()):
         raise CompressionError("The model is on the meta device and has no weights to score; load it first.")
-    for fraction, blocks, what in ((heads, structure.attentions, "heads"), (neurons, structure.ffns, "neurons")):
+    for fraction, blocks, what in ((heads, structure.attentions, "heads"), (neurons, structure.own_ffns, "neurons")):
         if fraction and not blocks:
             raise CompressionError(f"{type(model).__name__} has no {what} that can be cut; see discover(model).")
-    wanted: list[Block] = [*(structure.attentions if heads else ()), *(structure.ffns if neurons else ())]
+    wanted: list[Block] = [*(structure.attentions if heads else ()), *(structure.own_ffns if neurons else ())]
     cut_channels: list[KeepChannels] = []
     if channels:
         first = batches[0] if isinstance(batches, Sequence) and batches else None
@@ -122,7 +122,7 @@ def plan_pruning(
         return Plan(cut_channels)
     measured = _measure(model, structure, wanted, batches, score, loss_fn, seed)
     kept: dict[str, dict[str, list[int]]] = {}
-    for what, fraction, blocks in (("heads", heads, structure.attentions), ("neurons", neurons, structure.ffns)):
+    for what, fraction, blocks in (("heads", heads, structure.attentions), ("neurons", neurons, structure.own_ffns)):
         scores = {block.name: SCORES[score].per_layer(measured[block.name]) for block in blocks if block in wanted}
         unfit = [name for name, s in scores.items() if not bool(torch.isfinite(s).all())]
         if unfit:

@@ -58,9 +58,9 @@ class PruningRun:
         self.structure: Structure = discover(model)
         self.blocks: list[Block] = [
             *(self.structure.attentions if options["heads"] else ()),
-            *(self.structure.ffns if options["neurons"] else ()),
+            *(self.structure.own_ffns if options["neurons"] else ()),
         ]
-        for what, blocks in (("heads", self.structure.attentions), ("neurons", self.structure.ffns)):
+        for what, blocks in (("heads", self.structure.attentions), ("neurons", self.structure.own_ffns)):
             if options[what] and not blocks:
                 raise CompressionError(f"{type(model).__name__} has no {what} that can be cut; see discover(model).")
         self.outs = {block.name: model.get_submodule(block.out) for block in self.blocks}

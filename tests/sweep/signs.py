@@ -19,7 +19,7 @@ def unseen(model: Any) -> dict[str, dict[str, int]]:
     found: dict[str, dict[str, int]] = {}
     for what, pattern, blocks in (
         ("attention", ATTENTION, structure.attentions),
-        ("feed-forward", FEED_FORWARD, structure.ffns),
+        ("feed-forward", FEED_FORWARD, [block for ffn in structure.ffns for block in (ffn, *ffn.twins)]),
     ):
         names = {part.module for b in blocks for part in b.parts} | {b.name for b in blocks}
         classes: dict[str, int] = {}
