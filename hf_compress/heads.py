@@ -104,8 +104,9 @@ class _Fewer(TorchFunctionMode):
 def _attend(
     heads: list[int], query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, embed_dim: int, num_heads: int,
     in_weight: Any, in_bias: torch.Tensor, bias_k: Any, bias_v: Any, add_zero_attn: bool, dropout_p: float,
-    out_weight: torch.Tensor, out_bias: torch.Tensor | None, training: bool = True, key_padding_mask: torch.Tensor | None = None,
-    need_weights: bool = True, attn_mask: torch.Tensor | None = None, use_separate_proj_weight: bool = False, **weights: Any,
+    out_weight: torch.Tensor, out_bias: torch.Tensor | None, training: bool = True,
+    key_padding_mask: torch.Tensor | None = None, need_weights: bool = True, attn_mask: torch.Tensor | None = None,
+    use_separate_proj_weight: bool = False, **weights: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
     """`torch.nn.functional.multi_head_attention_forward` (length first) with some of its heads: for WavLM's way of calling it.
 
@@ -237,8 +238,9 @@ def select_heads_(module: nn.Module, how: str, heads: list[int], arguments: list
     `how`: `"interface"` where the bias travels through the attention function (T5), `"argument"` where it arrives as
     an argument of the module (MPNet), `"output"` where the module is a norm over all heads, of whose output these columns
     are used (OLMo 2), `"function"` where all that a forward knows is all heads, and torch's own function attends (WavLM),
-    `"added"` where it is added to the scores in place (LongT5). `"spread"` and `"input"` where a forward cannot be told that there are fewer (CodeGen, which works in
-    four groups): a projection's outputs are set among zeros, and the last projection chooses its inputs.
+    `"added"` where it is added to the scores in place (LongT5). `"spread"` and `"input"` where a forward cannot be told that
+    there are fewer (CodeGen, which works in four groups): a projection's outputs are set among zeros, and the last projection
+    chooses its inputs.
 
     `arguments`: which arguments: (name, dimension, heads that there are); MPNet's if left out. For `"spread"` and `"input"`
     that word, the dimension (0: the last) and its full width.

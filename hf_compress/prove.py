@@ -328,7 +328,7 @@ def _prove_structure(
     masked = run(free)
     for seed in range(1, 4):  # a ReLU may be silent just where this draw hides it
         if plain and _worst(plain, masked) == 0.0:
-            _randomize(free, seed)
+            randomize(free, seed)
             gate.fill_(1.0)
             plain = run(free)
             gate.copy_(cut.gate())
