@@ -233,9 +233,12 @@ class HfCompressQuantizer(HfQuantizer):
                 module._is_hf_initialized = True  # nothing can be drawn for integers; `_check_filled` tells what is missing
         find = finder(model)
         for name, entry in self.quantization_config.layout["modules"].items():
-            block = find(name.rpartition(".")[0]) if "children" in entry else None
-            if block is not None:
-                vars(block)["_is_hf_initialized"] = True  # Switch would draw as many experts as the config says
+            block = find(name.rpartition(".")[0]) if entry.keys() & {"children", "kinds"} else None
+            # Switch would draw as many experts as the config says, Nemotron's upsampler the taps of a convolution that it had
+            if block is None or isinstance(block, PreTrainedModel):
+                continue
+            if "children" in entry or not (block._parameters or block._buffers):
+                vars(block)["_is_hf_initialized"] = True
         self.shapes = {name: p.shape for name, p in model.named_parameters(remove_duplicate=False)}
 
     def postprocess_model(self, model: Any, **kwargs: Any) -> Any:

@@ -60,13 +60,16 @@ def other_inputs(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
         return inputs
 
 
-def in_double(cut: Any, hand: Any, batch: dict) -> float:
-    """What rounding alone may not explain: the difference in float64."""
-    if hand is None:
-        return float("inf")
+def in_double(cut: Any, dense: Any, plan: hc.Plan, hand: Any, batch: dict) -> float:
+    """What rounding alone may not explain: the difference in float64, from what was masked by hand if that can be done."""
     batch = {k: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in batch.items()}
     try:
-        return far(outputs_of(copy.deepcopy(cut).double(), batch), outputs_of(hand.double(), batch))
+        found = outputs_of(copy.deepcopy(cut).double(), batch)
+        if hand is not None:
+            return far(found, outputs_of(hand.double(), batch))
+        masked = copy.deepcopy(dense).double()
+        with hc.mask_(masked, plan):
+            return far(found, outputs_of(masked, batch))
     except Exception:
         return float("inf")
 

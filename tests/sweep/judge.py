@@ -138,7 +138,7 @@ def _cut(model: Any, dense: Any, plan: hc.Plan, inputs: Any, loader: Loader, pla
         details["cut_hand"] = far(cut, outputs_of(hand, batch))
     worst = max(details["cut_mask"], details.get("cut_hand", 0.0))
     if worst > CLOSE:
-        details["cut_hand_double"] = in_double(model, hand, batch)
+        details["cut_hand_double"] = in_double(model, dense, plan, hand, batch)
         if not details["cut_hand_double"] <= CLOSE / 10:
             raise Wrong(f"cut and mask differ by {worst:.1e} of the largest output")
     _survives(model, cut, batch, loader, plain, details)
