@@ -157,12 +157,13 @@ class Asked:
 
     def vectors(self, what: str, batch: Batch) -> int:
         """How many vectors the model puts in the place of tokens, for all rows together."""
-        owner = next((m for m in self.model.modules() if hasattr(m, f"get_{what}_features")), None)
-        if owner is None:
+        methods = [method for m in self.model.modules() if callable(method := getattr(m, f"get_{what}_features", None))]
+        if not methods:
             return 0
-        method = getattr(owner, f"get_{what}_features")
-        taken = inspect.signature(method).parameters
         main = {"image": "pixel_values", "audio": "input_features", "video": "pixel_values_videos"}[what]
+        # MiniCPM's whole hands on whatever it is given
+        method = next((m for m in methods if main in inspect.signature(m).parameters), methods[0])
+        taken = inspect.signature(method).parameters
         if main not in batch:
             return 0
         given = {name: self.placed(value) for name, value in batch.items()}
