@@ -269,6 +269,9 @@ def _pairs(modules: dict[str, nn.Module], linears: dict[str, str], by_class: boo
             and up not in used
             and (by_class or up not in downs)
         ]
+        beside = [up for up in ups if parent_of(up) == parent_of(down)]
+        if beside and not by_class:  # of two blocks in one layer, each has its own
+            ups = beside
         if by_class and ups:  # an MLP of several layers: what feeds this one, not what came before
             nearest = width(modules[ups[-1]], 1)
             ups = [up for up in ups if width(modules[up], 1) == nearest]

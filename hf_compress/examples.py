@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .examples_other import others
+from .examples_other import besides, others
 from .examples_seen import heard, seen
 
 MOST_TRIED = 24
@@ -22,16 +22,22 @@ def candidates(model: nn.Module, rows: int = 2, length: int = 12) -> Iterator[Ba
 
     Token ids are drawn from the vocabulary without the special tokens that the config names; an image (or a sound) has as
     many placeholders among them as `get_image_features` (`get_audio_features`) gives vectors for it. Pixels, waveforms and
-    spectrograms are drawn from a normal distribution, at the smallest size that the config allows.
+    spectrograms are drawn from a normal distribution, at the smallest size that the config allows. What a model can do
+    without (boxes around objects, an encoder's output) comes last.
     """
     asked = Asked(model, rows, length)
     parts = [list(_some(make(asked))) for make in (seen, heard, others)]
+    made: list[Batch] = []
     for choice in islice(product(*parts), MOST_TRIED):
         batch = {name: value for part in choice for name, value in part.items()}
         count = next((v.shape[0] for v in batch.values() if v.ndim > 1 and v.shape[0] in (1, rows)), rows)
         batch.update(asked.text(batch, count))
         if batch:
-            yield {name: asked.placed(value) for name, value in batch.items()}
+            made.append({name: asked.placed(value) for name, value in batch.items()})
+            yield dict(made[-1])
+    for batch in made[:4]:
+        for more in besides(asked, batch):
+            yield {**batch, **{name: asked.placed(value) for name, value in more.items()}}
 
 
 def _some(made: Iterator[Batch]) -> Iterator[Batch]:
@@ -151,12 +157,13 @@ class Asked:
 
     def vectors(self, what: str, batch: Batch) -> int:
         """How many vectors the model puts in the place of tokens, for all rows together."""
-        owner = next((m for m in self.model.modules() if hasattr(m, f"get_{what}_features")), None)
-        if owner is None:
+        methods = [method for m in self.model.modules() if callable(method := getattr(m, f"get_{what}_features", None))]
+        if not methods:
             return 0
-        method = getattr(owner, f"get_{what}_features")
-        taken = inspect.signature(method).parameters
         main = {"image": "pixel_values", "audio": "input_features", "video": "pixel_values_videos"}[what]
+        # MiniCPM's whole hands on whatever it is given
+        method = next((m for m in methods if main in inspect.signature(m).parameters), methods[0])
+        taken = inspect.signature(method).parameters
         if main not in batch:
             return 0
         given = {name: self.placed(value) for name, value in batch.items()}

@@ -54,6 +54,17 @@ def others(asked: Any) -> Iterator[Batch]:
         yield {"inputs": asked.normal(rows, 8, int(asked.size("d_model", 8)))}
 
 
+def besides(asked: Any, batch: Batch) -> Iterator[Batch]:
+    """What a model can do without, and some of its modules only run with."""
+    names, rows = asked.names, next(iter(batch.values())).shape[0]
+    if "encoder_hidden_states" in names and "encoder_hidden_states" not in batch and "decoder_input_ids" not in names:
+        width = next((w for n in ("cross_attention_hidden_size", "encoder_hidden_size") if (w := asked.size(n))), None)
+        yield {"encoder_hidden_states": asked.normal(rows, 5, int(width or asked.size("hidden_size", 8)))}
+    if "input_boxes" in names and "input_boxes_labels" in names:  # SAM 3: middle, width and height, as shares of the image
+        boxes = 0.2 + 0.4 * torch.rand(rows, 2, 4, generator=asked.draw)
+        yield {"input_boxes": boxes, "input_boxes_labels": torch.ones(rows, 2, dtype=torch.long)}
+
+
 def _series(asked: Any) -> Iterator[Batch]:
     config, rows = asked.config, asked.rows
     past = int(asked.size("context_length", 32))

@@ -5,15 +5,16 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import re
+from collections import Counter
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 from tqdm.auto import tqdm
-from transformers import Cache
 from transformers.pytorch_utils import Conv1D
 
 from .candidates import parent_of
@@ -24,7 +25,8 @@ from .edits import CompressionError
 from .memory import give_back
 from .modules import gate_, plain_kind, ungate_
 from .probe import difference, map_tensors, tensors_in, tolerance
-from .refusals import check_part, check_sharing
+from .refusals import Unreached, check_part, check_read, check_sharing
+from .unreached import Call, Fresh, empty, reached, ways
 
 
 def prove(model: nn.Module, cuts: list[Cut], run: Callable[[], list[Any]], masked: Callable[[], Any]) -> dict[str, Variant]:
@@ -41,6 +43,10 @@ def prove(model: nn.Module, cuts: list[Cut], run: Callable[[], list[Any]], maske
        masked one, so that what a block hands to later ones (a shared position bias, keys and values) is proved too;
        at the end the model's outputs must agree.
 
+    A block that the run does not reach (a tower without its images, an expert that no token is sent to, a head that only
+    training uses) is proved in the same two steps by itself, as much around it as runs on inputs made for it
+    (`unreached.ways`): the transformers model that holds it, or the block alone. What is around it is then not compared.
+
     Memory: the model, and one copy of one block in float32 with one of its tensors once more. Where the inputs come from is
     `apply_`'s affair.
 
@@ -54,7 +60,7 @@ def prove(model: nn.Module, cuts: list[Cut], run: Callable[[], list[Any]], maske
         the proved variant of each block, by name.
 
     Raises:
-        CompressionError: a block was never run, or no guess about it holds.
+        CompressionError: a block ran nowhere, or no guess about it holds.
     """
     more: list[str] = []  # scopes that give more than one tensor to what comes after: LiLT's layers, of words and of boxes
     try:
@@ -84,34 +90,36 @@ def _prove(
     """
     modules = dict(model.named_modules())
     groups = _groups(cuts)
-    progress = tqdm(total=len(groups), desc="prove", unit="block", leave=False, disable=None, delay=3)
+    progress = tqdm(total=len(cuts), desc="prove", unit="block", leave=False, disable=None, delay=3)
 
-    given: dict[str, list[tuple[Any, Any]]] = {scope: [] for scope in groups}
+    given: list[tuple[Call, torch.Tensor]] = []  # to the modules that run now, and the state of random numbers then
+    seen: dict[Any, Call] = {}  # what one of the blocks that are built alike was given
     known: dict[Any, Any] = {}  # what was found, and proved, for blocks that are built alike
     taken: set[str] = set()  # blocks whose variant was proved on another one
 
     anew: set[str] = set()  # blocks that were proved on a later call than their first
-    calls = dict.fromkeys(groups, 0)
-
-    states: list[torch.Tensor] = []  # of the random numbers, as each block found them (Informer draws keys)
+    calls: Counter[str] = Counter()
 
     def remember(scope: str, module: nn.Module, args: Any, kwargs: Any) -> None:
-        states.append(torch.get_rng_state())
-        given[scope].append((_Fresh(args)(), _Fresh(kwargs)()))  # as they are before a hook or the forward itself changes them
+        # as they are before a hook or the forward itself changes them (and Informer draws keys)
+        given.append(((Fresh(args)(), Fresh(kwargs)()), torch.get_rng_state()))
 
-    def stand_in(scope: str, module: nn.Module, _args: Any, _kwargs: Any, output: Any) -> Any:
-        args, kwargs = given[scope].pop()
-        group = groups[scope]
+    def stand_in(scope: str, group: list[Cut], retry: bool, module: nn.Module, _args: Any, _kwargs: Any, output: Any) -> Any:
+        call, state = given.pop()
+        if empty(*call):
+            return output
+        args, kwargs = call
+        seen.setdefault(_role(scope, module), call)
         calls[scope] += 1
         more.extend([scope] if len(_outputs(output, True)) > 1 else [])
-        if any(cut.block.name not in proved for cut in group):
-            progress.update()
         for cut in group:
             if cut.block.name not in proved:
-                proved[cut.block.name], alike = _prove_structure(modules, scope, group, cut, args, kwargs, known, every)
-                taken.update([cut.block.name] if alike else [])
+                with suppress(Unreached):  # a part of the module that these inputs do not reach
+                    proved[cut.block.name], alike = _prove_structure(modules, scope, group, cut, args, kwargs, known, every)
+                    taken.update([cut.block.name] if alike else [])
+                    progress.update()
                 give_back()
-        state = states.pop()
+        group = [cut for cut in group if cut.block.name in proved]
 
         def replaced() -> Any:
             double = _copy(module)
@@ -120,7 +128,7 @@ def _prove(
             after = torch.get_rng_state()
             torch.set_rng_state(state)
             try:
-                return double(*_Fresh(args)(), **_Fresh(kwargs)())
+                return double(*Fresh(args)(), **Fresh(kwargs)())
             finally:
                 torch.set_rng_state(after)
 
@@ -128,10 +136,8 @@ def _prove(
         try:
             result = replaced()
             _compare(output, result, what, first_only=True)
-        except (
-            Exception
-        ):  # what was proved on another block, or on another call (one without masks), may not be true of this one
-            mine = [cut for cut in group if cut.block.name in taken] or (group if again else [])
+        except Exception:  # what was proved on another block, or another call (one without masks), may not be true of this one
+            mine = [cut for cut in group if cut.block.name in taken] or (group if retry else [])
             if not mine:
                 raise
             for cut in mine:
@@ -142,41 +148,63 @@ def _prove(
             _compare(output, result, what, first_only=True)
         return result
 
-    with masked(), progress:
-        ran: set[str] = set()
+    def through(run: Callable[[], list[Any]], groups: dict[str, list[Cut]], retry: bool) -> list[Any]:
         with ExitStack() as hooks:
-            for cut in cuts:
-                note = _ours(lambda *_, name=cut.block.name: ran.add(name))
-                hooks.callback(modules[cut.block.out].register_forward_pre_hook(note).remove)
-            reference = run()
-        with ExitStack() as hooks:
-            for scope in groups:
+            for scope, group in groups.items():
                 before = _ours(functools.partial(remember, scope))
-                after = _ours(functools.partial(stand_in, scope))
+                after = _ours(functools.partial(stand_in, scope, group, retry))
                 for handle in (
                     modules[scope].register_forward_pre_hook(before, prepend=True, with_kwargs=True),
                     modules[scope].register_forward_hook(after, with_kwargs=True),
                 ):
                     hooks.callback(handle.remove)
-            result = run()
+            return run()
+
+    def left() -> list[Block]:
+        return [cut.block for cut in cuts if cut.block.name not in proved]
+
+    with masked(), progress:
+        ran: set[str] = set()
+
+        def note(name: str, _module: nn.Module, args: Any, kwargs: Any) -> None:
+            ran.update([] if empty(args, kwargs) else [name])
+
+        with ExitStack() as hooks:
+            for cut in cuts:
+                hook = _ours(functools.partial(note, cut.block.name))
+                hooks.callback(modules[cut.block.out].register_forward_pre_hook(hook, with_kwargs=True).remove)
+            reference = run()
+        result = through(run, groups, again)
     twins = {twin.name for cut in cuts if isinstance(cut.block, FeedForward) for twin in cut.block.twins}
     for cut in cuts:  # the same weights elsewhere, in a module that is built alike and does not run on these inputs
         if cut.block.name in twins - proved.keys() and (_key(modules, cut.block), True) in known:
             proved[cut.block.name] = _named(known[_key(modules, cut.block), True], cut.block.scope)
-    idle = [cut.block.name for cut in cuts if cut.block.name not in proved]
-    if any(cut.block.name in ran.intersection(idle) and parent_of(cut.block.scope) for cut in cuts):
-        # SqueezeBERT says layer.forward(...), which no hook sees: what is above its layers runs them
-        cuts = [replace(cut, block=_wider(cut.block)) if cut.block.name in ran.intersection(idle) else cut for cut in cuts]
+    missed = ran.intersection(block.name for block in left() if parent_of(block.scope))
+    if missed:  # SqueezeBERT says layer.forward(...), which no hook sees: what is above its layers runs them
+        cuts = [replace(cut, block=_wider(cut.block)) if cut.block.name in missed else cut for cut in cuts]
         return _prove(model, cuts, run, masked, more, proved, every)
-    if idle:
-        raise CompressionError(
-            f"Cannot prove a cut of {idle[0]!r}: it did not run on the proof's inputs. "
-            "Pass inputs=... with a batch that uses it, or leave it out of the plan."
-        )
     if anew:  # what was proved on a later call must be true of the earlier ones
         return _prove(model, cuts, run, masked, more, proved, every, again=False)
     _compare(reference, result, "the cut model as a whole")
+    with masked():
+        for other in ways(model, left, lambda scope: seen.get(_role(scope, modules[scope]))) if left() else ():
+            blocks = left()
+            reference = reached(other, modules, blocks)
+            if reference is not None:
+                inner = _groups([cut for cut in cuts if cut.block.name not in proved])
+                what = f"the cut of {blocks[0].name!r}, run without the rest,"
+                _compare(reference, through(other, {**inner, **groups}, False), what)
+    if left():
+        raise CompressionError(
+            f"Cannot prove a cut of {left()[0].name!r}: it did not run on the proof's inputs, and none are known for it alone. "
+            "Pass inputs=... with a batch that uses it, or leave it out of the plan."
+        )
     return proved
+
+
+def _role(scope: str, module: nn.Module) -> tuple:
+    """What two modules have in common that are given the same kind of inputs."""
+    return re.sub(r"\d+", "", scope.rpartition(".")[2]), _signature(module)
 
 
 def _wider(block: Block) -> Block:
@@ -290,7 +318,7 @@ def _prove_structure(
         return tensor.detach().float() if tensor.is_floating_point() else tensor
 
     args, kwargs = map_tensors(args, to_float), map_tensors(kwargs, to_float)
-    args, kwargs = _Fresh(args), _Fresh(kwargs)
+    args, kwargs = Fresh(args), Fresh(kwargs)
     block = cut.block
 
     def drawn() -> tuple[nn.Module, torch.Tensor]:
@@ -316,12 +344,14 @@ def _prove_structure(
         check_sharing(modules, block, variant.parts)
         return variant, True
     free, gate = drawn()
-    if key not in known:
-        known[key] = _find_parts(free, block, gate, args(), kwargs(), every)
 
     def run(part: nn.Module) -> list[tuple[str, torch.Tensor]]:
         torch.default_generator.manual_seed(0)
         return _outputs(part(*args(), **kwargs()), every)
+
+    if key not in known:
+        check_read(_finder(free, scope)(block.out), block, lambda: run(free))
+        known[key] = _find_parts(free, block, gate, args(), kwargs(), every)
 
     plain = run(free)
     gate.copy_(cut.gate())
@@ -385,18 +415,6 @@ def _named(variant: Variant, scope: str) -> Variant:
     """What was found in a module, with the paths that its parts have in the model."""
     parts = tuple(replace(part, module=f"{scope}.{part.module}".strip(".")) for part in variant.parts)
     return replace(variant, parts=parts, after=tuple(f"{scope}.{name}".strip(".") for name in variant.after))
-
-
-class _Fresh:
-    """Arguments of a call that is made many times: a cache, which every call fills, is copied each time."""
-
-    def __init__(self, value: Any) -> None:
-        self.value = value
-
-    def __call__(self) -> Any:
-        if isinstance(self.value, dict):
-            return {k: copy.deepcopy(v) if isinstance(v, Cache) else v for k, v in self.value.items()}
-        return type(self.value)(copy.deepcopy(v) if isinstance(v, Cache) else v for v in self.value)
 
 
 MAKERS = (nn.Linear, Conv1D, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)
@@ -463,7 +481,7 @@ def _find_parts(
     named = {name: floats.get(name, value) for name, value in kwargs.items()}
 
     def run() -> Any:
-        return [t for _, t in _outputs(free(*_Fresh(tuple(positions))(), *args[len(names) :], **_Fresh(named)()), every)]
+        return [t for _, t in _outputs(free(*Fresh(tuple(positions))(), *args[len(names) :], **Fresh(named)()), every)]
 
     def find(units: torch.Tensor) -> dict:
         return coupled(free, gate, units, run, functools.partial(randomize, free), floats)

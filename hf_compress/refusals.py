@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
+import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import parametrize, prune
@@ -15,7 +17,7 @@ from .edits import CompressionError
 from .loader import compression_of
 from .masking import skip_layer
 from .modules import is_gated
-from .probe import owners_in
+from .probe import owners_in, tensors_in
 
 
 def check_foreign(model: nn.Module) -> None:
@@ -137,3 +139,32 @@ def check_sharing(modules: Mapping[str, nn.Module], block: Block, parts: Iterabl
                     f"{part.module}.{key} is shared with {users}; cutting it for {block.name!r} would change them too. "
                     "Untie them first, or leave it out of the plan."
                 )
+
+
+class Unreached(CompressionError):
+    """A block did not run when the module around it did."""
+
+
+def check_read(out: nn.Module, block: Block, run: Callable[[], Any]) -> None:
+    """Refuse a block whose output projection does not run when `run` does, or reads nothing but zeros."""
+    read: list[torch.Tensor] = []
+
+    def note(_module: nn.Module, args: Any, kwargs: Any) -> None:
+        read.extend(tensor for _, tensor in tensors_in((*args, *kwargs.values()))[:1] if tensor.numel())
+
+    handle = out.register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        run()
+    finally:
+        handle.remove()
+    if not read and block.consumer is None:  # weights that another module reads may be used without it
+        raise Unreached(
+            f"Cannot prove a cut of {block.name!r}: it did not run when the module around it did. "
+            "Pass inputs=... with a batch that uses it, or leave it out of the plan."
+        )
+    if read and not any(bool(tensor.any()) for tensor in read):
+        raise CompressionError(
+            f"Cannot prove a cut of {block.name!r}: all that its output projection {block.out!r} reads is zero, whatever the "
+            "weights are. If transformers computes it with a kernel that is not on this machine (MRA's), cut it where it is; "
+            "else leave it out of the plan."
+        )

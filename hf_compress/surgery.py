@@ -98,7 +98,8 @@ def apply_(model: nn.Module, plan: Plan, *, inputs: Mapping[str, Any] | None = N
     **Where the proof's inputs come from.** By default they are random and made from the model's config and the
     signature of its `forward` (`probe.example_inputs`: two rows of token ids, an image, a short waveform, from a fixed
     seed, without a mask). The weights in the structural proof are drawn anew, so the outcome does not hang on these
-    inputs or on what the model has learned; but a block that they do not reach cannot be proved, and is refused.
+    inputs or on what the model has learned. A block that they do not reach (a tower without its images, an expert that
+    no token is sent to) is proved by itself on inputs made for it, and refused where none are known (`unreached.ways`).
     A module around transformers models is proved by running those. A model that takes anything else needs `inputs`.
 
     Args:

@@ -16,6 +16,7 @@ import hf_compress as hc
 from .build import NotBuilt, build
 from .compare import Wrong, by_hand, in_double, line, other_inputs, same_bits
 from .effective import float_form, without_rounding
+from .idle import idle_calls
 from .load import Died, Loader, far, outputs_of
 from .plans import EDITS, plan_for
 from .signs import unseen
@@ -125,6 +126,12 @@ def _cut(model: Any, dense: Any, plan: hc.Plan, inputs: Any, loader: Loader, pla
     if masked and not any(t.std() > 1e-7 for t in masked if t.numel() > 1):
         raise Dead
     hand = by_hand(copy.deepcopy(dense), plan)
+    calls, alone = idle_calls(model, plan, lambda: outputs_of(model, batch))
+    if calls:  # what this batch does not run
+        with hc.mask_(model, plan):
+            apart = {name: call(model) for name, call in calls.items()}
+    if alone:
+        details["cut and not compared"] = alone
     try:
         hc.apply_(model, plan)
     except BaseException:
@@ -141,6 +148,11 @@ def _cut(model: Any, dense: Any, plan: hc.Plan, inputs: Any, loader: Loader, pla
         details["cut_hand_double"] = in_double(model, dense, plan, hand, batch)
         if not details["cut_hand_double"] <= CLOSE / 10:
             raise Wrong(f"cut and mask differ by {worst:.1e} of the largest output")
+    for name, call in calls.items():
+        ways = {"mask": apart[name]} | ({} if hand is None else {"hand": call(hand)})
+        details.setdefault("apart", {})[name] = max(far(call(model), other) for other in ways.values())
+        if not details["apart"][name] <= CLOSE:
+            raise Wrong(f"{name}, run by itself: cut and mask differ by {details['apart'][name]:.1e} of the largest output")
     _survives(model, cut, batch, loader, plain, details)
     if plain is not None:
         generates(model, dense, plan, inputs, details)
