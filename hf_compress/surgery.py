@@ -284,8 +284,8 @@ def _cut(
     wide = [cut.block.name for cut in cuts if proved[cut.block.name].spread]
     if wide:
         logger.warning(
-            f"Only the projections get smaller in {', '.join(wide[:4])}{', ...' * (len(wide) > 4)}: the forward cannot be told that "
-            "there are fewer units, so what lies between them computes as before, with zeros."
+            f"Only the projections get smaller in {', '.join(wide[:4])}{', ...' * (len(wide) > 4)}: the forward cannot be told "
+            "that there are fewer units, so what lies between them computes as before, with zeros."
         )
     with torch.inference_mode(False), torch.no_grad(), within():
         record: dict[str, Any] = {}
