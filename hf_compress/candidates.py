@@ -92,10 +92,20 @@ def attentions_in(modules: dict[str, nn.Module]) -> Iterator[Attention]:
             parts = [Part(name, 1, "q", key) for key in "qkvo"]
             yield Attention(name, heads, heads, 1, name, tuple(parts), name, None, ("o", 1))
             continue
+        if kind == "JetMoeAttention":
+            yield _attention_of_experts(name, module)
+            continue
         linears = projections(module, convolutions=bool(ATTENTION.search(kind)))
         q, k, v = ([n for n in linears if pattern.match(n)] for pattern in (QUERY, KEY, VALUE))
         fused = [n for n in linears if FUSED.match(n)]
-        named = bool(q and k and v) or bool(fused)
+        mixer = next((n for n, child in module.named_children() if "CCAProjection" in type(child).__name__), None)
+        inside = (
+            {}
+            if mixer is None
+            else {f"{mixer}.{n}": f"{mixer}.{path}" for n, path in projections(modules[join(name, mixer)]).items()}
+        )
+        linears, within = {**linears, **inside}, list(inside)  # Zaya: a module of its own makes queries, keys and values
+        named = bool(q and k and v) or bool(fused or within)
         by_class = bool(ATTENTION.search(kind)) and bool(q or k or v or fused)
         if any(isinstance(child, nn.Conv1d) and not is_pointwise(child) for child in module.children()):
             continue  # linear attention with a convolution over time, whose state a cache keeps: its heads are not offered
@@ -103,8 +113,10 @@ def attentions_in(modules: dict[str, nn.Module]) -> Iterator[Attention]:
             continue
         if not ATTENTION.search(kind) and not (q and k and v) and "in_proj" in fused:  # a mixer, or a gated block
             continue
-        ins = [n for n in linears if n in {*q, *k, *v, *fused}]
+        ins = [n for n in linears if n in {*q, *k, *v, *fused}] + within
         out = next((join(name, linears[n]) for n in linears if OUT.match(n) and n not in ins), None)
+        if "o_a_proj" in linears:  # DeepSeek-V4: one small projection for each group of heads; a unit is a head of every group
+            out, _ = join(name, linears["o_a_proj"]), seen.add(join(name, "o_b_proj"))
         if out is None and name:
             out = _out_beside(modules, name, module)
         if out is None or out in seen:
@@ -128,6 +140,15 @@ def attentions_in(modules: dict[str, nn.Module]) -> Iterator[Attention]:
         scope = _scope(modules, [part.module for part in parts])
         consumer = ("weight", 1) if is_own_linear(modules[out]) or shared == "function" else None
         yield Attention(name, num_heads, kv, head_dim, out, tuple(parts), scope, shared, consumer)
+
+
+def _attention_of_experts(name: str, module: nn.Module) -> Attention:
+    """JetMoE: every expert has queries and an output projection of its own, over keys and values that all share."""
+    heads, dim = _integer(module, NUM_KV_HEADS) or 1, _integer(module, HEAD_DIM) or 1
+    first, last = join(name, "experts.input_linear"), join(name, "experts.output_linear")
+    parts = (Part(first, 1, "q", "weight"), Part(join(name, "kv_proj"), 0, None), Part(last, 2, "q", "weight"))
+    heads = module.get_submodule("experts.output_linear")._parameters["weight"].shape[2] // dim or heads  # type: ignore[union-attr]
+    return Attention(name, heads, heads, dim, last, parts, name, None, ("weight", 2))
 
 
 def _is_differential(module: nn.Module) -> bool:
@@ -160,7 +181,7 @@ def _inputs(
     ):
         kv = (widths[ins[0]] - inner) // (2 * dim)
     else:
-        if _mla(linears):
+        if _mla(linears) or (plain and len({*widths.values()}) == 1 and widths[q[0]] < inner):  # ConvBERT: convolutions beside
             kv = heads
         elif any(_divides(widths[n], dim, heads) for n in (*k, *v)):  # keys may be shared where values are not
             kv = min(widths[n] // dim for n in (*k, *v) if _divides(widths[n], dim, heads))
@@ -220,6 +241,10 @@ def ffns_in(modules: dict[str, nn.Module], taken: set[str]) -> Iterator[FeedForw
         if experts is not None:
             yield experts
             continue
+        convolved = _convolved(name, module)
+        if convolved is not None:
+            yield convolved
+            continue
         in_a_row = _is_plain_sequence(module)
         by_class = bool(FEED_FORWARD.search(type(module).__name__)) or in_a_row
         direct = _deep(module) if by_class and not in_a_row else projections(module)
@@ -248,6 +273,18 @@ def ffns_in(modules: dict[str, nn.Module], taken: set[str]) -> Iterator[FeedForw
                 yield FeedForward(meet, inner, down, (*parts, Part(down, 1, "n")), scope, consumer)
             if found:
                 break
+
+
+def _convolved(name: str, module: nn.Module) -> FeedForward | None:
+    """A feed-forward block of two convolutions: VITS, SwiftFormer."""
+    convs = [(n, c) for n, c in module.named_children() if isinstance(c, nn.Conv1d | nn.Conv2d)]
+    if not FEED_FORWARD.search(type(module).__name__) or len(convs) != 2 or any(c.groups != 1 for _, c in convs):
+        return None
+    (up, first), (down, last) = convs
+    if first.out_channels != last.in_channels or first.in_channels != last.out_channels or projections(module):
+        return None
+    parts = (Part(join(name, up), 0, "n"), Part(join(name, down), 1, "n"))
+    return FeedForward(name, last.in_channels, join(name, down), parts, name, ("weight", 1))
 
 
 def _pairs(modules: dict[str, nn.Module], linears: dict[str, str], by_class: bool) -> Iterator[tuple[str, list[str]]]:
@@ -322,6 +359,8 @@ def _experts(name: str, module: nn.Module) -> FeedForward | None:
         scope = parent_of(name) if len(out) == 2 else name
         return FeedForward(name, size, name, (*parts, Part(name, inside, layout, down)), scope, (down, inside))
     children = dict(module.named_children())
+    if type(module).__name__ == "JetMoeMoA":  # experts of an attention
+        return None
     one, two = children.get("input_linear"), children.get("output_linear")
     if one is not None and two is not None:  # Granite: ParallelExperts, each (E, out, in)
         up, out = one._parameters.get("weight"), two._parameters.get("weight")

@@ -113,8 +113,14 @@ def coupled(
             "cannot be found. Pass inputs=... with a larger batch."
         )
     alike = {place: torch.bincount(owner[owner >= 0], minlength=count) for place, owner in found.items()}
-    whole = {place for place, rows in alike.items() if bool((rows == rows[0]).all())}  # each unit has as many rows as any other
+    # each unit has as many rows as any other; or none, where units are of two kinds (ConvBERT: attention and convolution)
+    whole = {place for place, rows in alike.items() if _is_even(rows)}
     return {place: owner.where(owner >= 0, SHARED) for place, owner in found.items() if place in whole}
+
+
+def _is_even(rows: torch.Tensor) -> bool:
+    some = rows[rows > 0]
+    return bool((some == some[0]).all()) and (len(some) == len(rows) or (len(some) > 1 and int(some[0]) > 1))
 
 
 def _both(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:

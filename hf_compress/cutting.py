@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from .candidates import join
+from .candidates import join, parent_of
 from .discover import Attention, FeedForward, Part, owners
 from .edits import CompressionError, spans_of
 from .heads import ConfigView, HeadCount, narrow_, select_heads_
@@ -155,6 +155,10 @@ def cut_(get: Callable[[str], nn.Module], cut: Cut, variant: Variant, undo: Undo
             if isinstance(value, HeadCount) or (variant.divides and name in HEADS):
                 owner.__dict__[name] = HeadCount(new, *full)
                 entry.setdefault("divides", {})[name] = list(full)
+    holder = get(parent_of(block.out)) if block.consumer is not None else owner
+    inner = block.size * _dim(block)
+    if holder is not owner and getattr(holder, "hidden_size", None) == inner:  # JetMoE: experts with an output projection each
+        _set(holder, "hidden_size", len(cut.kept) * _dim(block), record.setdefault(parent_of(block.out), {}), undo)
     if variant.narrow and isinstance(block, Attention):
         _narrow(owner, block.size * block.head_dim, len(cut.kept) * block.head_dim, entry, undo)
     if variant.wide:
@@ -183,8 +187,11 @@ def _spread(get: Callable[[str], nn.Module], cut: Cut, variant: Variant, undo: U
             if (part.parameter, part.dim) != factor(module, dim) or (module is out) != (how == "input"):
                 continue
             before, rows = getattr(module, "hfc_heads", None), cut.rows(part)
+            rows = rows if len(rows) else torch.zeros(1, dtype=torch.long)  # one, that of nobody: a module without any is none
             weight = module._parameters[factor(module, dim)[0]]
             assert weight is not None
+            if len(rows) == weight.shape[part.dim]:
+                continue
             full = weight.shape[part.dim] if before is None else module.hfc_arguments[0][2]  # type: ignore[index,union-attr]
             entry = record.setdefault(part.module, {})
             for key, along in ((part.parameter, part.dim), ("bias", 0)) if how == "spread" else ((part.parameter, part.dim),):
@@ -216,7 +223,7 @@ def size_attributes(module: nn.Module, key: str, dim: int) -> tuple[str, ...]:
         return ("num_features",)
     if isinstance(module, nn.Embedding):
         return (("num_embeddings", "embedding_dim")[dim],)
-    if isinstance(module, nn.Conv1d) and dim == 1 and module.groups == 1:
+    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and dim == 1 and module.groups == 1:
         return ("in_channels",)
     if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and dim == 0:
         depthwise = module.weight.shape[1] == 1 and module.groups == module.out_channels
@@ -244,7 +251,7 @@ def _set_wide(
             if _NEVER.search(name):
                 continue
             if type(value) is int and name not in _OTHER and not name.startswith("_") and sizes.get(value, value) != value:
-                if path != owner and "head" not in name:
+                if path != owner and "head" not in name and name != "ffn_hidden_size":
                     continue  # what computes positions, say, makes its tables from its own sizes when the model is loaded
                 if name not in record.get(path, {}).get("attributes", {}):
                     _set(module, name, sizes[value], record.setdefault(path, {}), undo)

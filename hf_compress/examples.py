@@ -106,6 +106,15 @@ class Asked:
                 ids = self._with_placeholders(ids, name, batch)
             if self.reads_the_end and isinstance(eos := self.size("eos_token_id"), int):
                 ids[:, -1] = eos
+            if (
+                "grounding" in str(self.config.model_type) and _vocabulary(self.model) > 1029
+            ):  # [CLS], words, ".", words, ".", [SEP]:
+                ids[:, 0], ids[:, length // 2], ids[:, -2], ids[:, -1] = (
+                    101,
+                    1012,
+                    1012,
+                    102,
+                )  # a token sees those of its phrase
             found["input_ids"] = ids
             if "mm_token_type_ids" in self.names and len(batch):
                 marks = [self.size(f"{what}_token_id") for what in ("image", "video")]

@@ -332,9 +332,16 @@ def check(layout: Any) -> Layout:
             or not isinstance(heads.get("keep"), list | str)
             or not all(type(h) is int and h >= 0 for h in heads["keep"] if isinstance(heads["keep"], list))
             or not all(map(_is_argument, heads.get("arguments", [])))
+            or (heads["how"] in ("spread", "input") and not _is_spread(heads))
         ):
             raise CompressionError(f"The layout selects heads {heads!r} in {name!r}; a list of indices was expected.")
     return layout
+
+
+def _is_spread(heads: dict[str, Any]) -> bool:
+    """Whether every column that stays is one of the full width."""
+    arguments, kept = heads.get("arguments", []), heads["keep"]
+    return len(arguments) == 1 and isinstance(kept, str) and max(from_spans(kept), default=-1) < arguments[0][2]
 
 
 def _is_argument(argument: Any) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.utils import logging
 
 from .channel_proof import channel_gates, channels_
 from .cutting import Undo, Variant, cut_
@@ -32,6 +33,8 @@ from .resolve import Resolved, resolve
 from .stacks import config_numbers, remove_layers_
 from .substitute import Substitution, names_given, substitute_
 from .vocabulary import vocabulary_
+
+logger = logging.get_logger(__name__)
 
 
 def mask_(model: nn.Module, plan: Plan, *, inputs: Mapping[str, Any] | None = None) -> Mask:
@@ -279,6 +282,12 @@ def _cut(
     owners = [(n, o) for n, o in owners_in(model) if not n or any(t.startswith(f"{n}.") for t in touched)]
     numbers = {name: config_numbers(owner) for name, owner in owners}
     proved = _prove_all(model, resolved, inputs)
+    wide = [cut.block.name for cut in cuts if proved[cut.block.name].spread]
+    if wide:
+        logger.warning(
+            f"Only the projections get smaller in {', '.join(wide[:4])}{', ...' * (len(wide) > 4)}: the forward cannot be told "
+            "that there are fewer units, so what lies between them computes as before, with zeros."
+        )
     with torch.inference_mode(False), torch.no_grad(), within():
         record: dict[str, Any] = {}
         for cut in cuts:

@@ -85,7 +85,7 @@ def by_hand(model: Any, plan: hc.Plan) -> Any:
             block = blocks[edit.attention if isinstance(edit, hc.KeepHeads) else edit.ffn]
             out = model.get_submodule(block.out)
             weight = getattr(out, "weight", None)
-            if weight is None or weight.ndim != 2:
+            if weight is None or (weight.ndim != 2 and getattr(out, "groups", 2) != 1):
                 return None
             transposed = isinstance(out, Conv1D)
             kept = set(edit.heads if isinstance(edit, hc.KeepHeads) else edit.neurons)

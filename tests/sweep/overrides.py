@@ -50,6 +50,12 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "muse_spark": {"audio_config": {"num_hidden_layers": 4}},
     "fun_asr_nano": {"adaptor_config": {"intermediate_size": 16}},
     "efficientloftr": {"hidden_size": 256},
+    "deepseek_v4": {"o_groups": 2},
+    "grounding-dino": {"text_config": {"vocab_size": 1100}},
+    "mm-grounding-dino": {"text_config": {"vocab_size": 1100}},
+    "pvt": {"image_size": 64},  # with 32, every stage has one key, which no query can choose
+    "pvt_v2": {"image_size": 64},
+    "videoprism_vision_model": {"image_size": 36},
     "d_fine": {"head_dim": DROP},
     "deimv2": {"head_dim": DROP},
     "pp_doclayout_v2": {"class_thresholds": [0.5] * 20},

@@ -10,6 +10,9 @@ from torch import nn
 import hf_compress as hc
 
 ATTENTION = re.compile(r"Attention|Attn")
+# attention by name, with nothing that could be cut as a head: RWKV's channels are weighed one by one over time; SwiftFormer has
+# one query for all places and one weight a channel
+NO_HEADS = re.compile(r"RwkvSelfAttention|EfficientAdditiveAttention")
 FEED_FORWARD = re.compile(r"MLP|Mlp|FeedForward|FFN|Intermediate|Experts$|MoE$|MoeBlock|SparseMoe")
 
 
@@ -21,11 +24,16 @@ def unseen(model: Any) -> dict[str, dict[str, int]]:
         ("attention", ATTENTION, structure.attentions),
         ("feed-forward", FEED_FORWARD, [block for ffn in structure.ffns for block in (ffn, *ffn.twins)]),
     ):
-        names = {part.module for b in blocks for part in b.parts} | {b.name for b in blocks}
+        names = {part.module for b in (*blocks, *structure.attentions) for part in b.parts} | {b.name for b in blocks}
         classes: dict[str, int] = {}
         modules = dict(model.named_modules())
         for name, module in modules.items():
-            if not pattern.search(type(module).__name__) or name == "" or isinstance(module, nn.ModuleList):
+            if (
+                not pattern.search(type(module).__name__)
+                or NO_HEADS.search(type(module).__name__)
+                or name == ""
+                or isinstance(module, nn.ModuleList)
+            ):
                 continue
             weights = [p for p in module.parameters() if p.ndim >= 2]
             if len(weights) < (2 if what == "attention" else 1):
