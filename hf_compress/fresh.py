@@ -14,7 +14,7 @@ from .caches import host_caches_
 from .edits import CompressionError
 from .kinds import SEPARABLE
 from .layout import finish_replayed, replay_, with_numbers
-from .loader import HfCompressConfig, host_quantized_, of_the_whole, record_in
+from .loader import HfCompressConfig, host_quantized_, of_a_part, of_the_whole, record_in
 from .modules import LowRankLinear
 from .parts import stamp_parts_
 from .quantization import is_quantized, options_of, quantize_
@@ -66,7 +66,7 @@ def from_config(config: PreTrainedConfig, auto_class: Any = None, **kwargs: Any)
         )
     config = copy.deepcopy(config)
     build = _builder(config, auto_class, kwargs)
-    record = _record(config)
+    record = record_in(config) or of_a_part(config)
     if record is None:
         return build(config)
     if record.inner is not None:
@@ -87,12 +87,6 @@ def from_config(config: PreTrainedConfig, auto_class: Any = None, **kwargs: Any)
     host_quantized_(model)
     host_caches_(model, record)
     return model
-
-
-def _record(config: Any) -> HfCompressConfig | None:
-    own = record_in(config)
-    subs = [getattr(config, key, None) for key in getattr(type(config), "sub_configs", None) or {}]
-    return own or next((found for sub in subs if (found := record_in(sub)) is not None), None)
 
 
 def _builder(config: Any, auto_class: Any, kwargs: dict[str, Any]) -> Any:

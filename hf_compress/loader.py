@@ -73,6 +73,7 @@ class HfCompressConfig(QuantizationConfigMixin):
         self.plan_dict = Plan().to_dict(spans=True) if plan is None else plan
         self.masks_dict = masks
         self.inner = inner
+        self.of_part = False  # handed on for the whole, whose config has none
         self.order: Any = None  # a live config of another method that from_pretrained is to convert the weights to
         if inner is not None:
             check_inner(inner)
@@ -152,19 +153,24 @@ def record_in(config: Any) -> HfCompressConfig | None:
     return found if isinstance(found, HfCompressConfig) else None
 
 
+def of_a_part(config: Any) -> HfCompressConfig | None:
+    """A record that one of a config's sub-configs holds, marked as such."""
+    subs = [getattr(config, key, None) for key in getattr(type(config), "sub_configs", None) or {}]
+    found = copy.copy(next((found for sub in subs if (found := record_in(sub)) is not None), None))
+    if found is not None:
+        found.of_part = True
+    return found
+
+
 def of_the_whole(model: Any, record: HfCompressConfig) -> HfCompressConfig:
     """The record of a model whose config has none: transformers then hands us that of one of its parts."""
-    of_parts = [found for part in parts_in(model) if (found := record_in(part.config)) is not None]
-    if all(found.digest != record.digest for found in of_parts):
-        return record
-    return gathered(model, None, record_in)
+    return gathered(model, None, record_in) if record.of_part else record
 
 
 def _find_quantizer(config: Any, quantization_config: Any, *args: Any, **kwargs: Any) -> Any:
     """What transformers looks for a quantizer with; it does not look into the sub-configs, where parts have their records."""
     if getattr(config, "quantization_config", None) is None and quantization_config is None:
-        subs = [getattr(config, key, None) for key in getattr(type(config), "sub_configs", None) or {}]
-        found = next((found for sub in subs if (found := record_in(sub)) is not None), None)
+        found = of_a_part(config)
         if found is not None:
             config.quantization_config = found  # until the model is there, and `of_the_whole` can say what is whose
     return _their_quantizer(config, quantization_config, *args, **kwargs)

@@ -18,7 +18,7 @@ from .compare import Wrong, by_hand, in_double, line, other_inputs, same_bits
 from .effective import float_form, without_rounding
 from .idle import idle_calls
 from .load import Died, Loader, far, outputs_of
-from .plans import EDITS, plan_for
+from .plans import EDITS, plan_for, special_ids
 from .signs import unseen
 from .types import class_name
 from .use import generates, trains
@@ -209,6 +209,10 @@ def _kind(model: Any, dense: Any, plan: hc.Plan, inputs: Any, loader: Loader, pl
     form = outputs_of(float_form(copy.deepcopy(dense), model, plan), batch, inside)
     details["form"] = far(outputs_of(without_rounding(model), batch, inside), form)
     if details["form"] > 1e-4:
+        wide = {k: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in batch.items()}
+        double, other = without_rounding(model), float_form(copy.deepcopy(dense), model, plan)
+        details["form_double"] = far(outputs_of(copy.deepcopy(double).double(), wide), outputs_of(other.double(), wide))
+    if details["form"] > 1e-4 and not details["form_double"] <= CLOSE / 10:
         raise Wrong(f"differs by {details['form']:.1e} of the largest output from the float form with the same weights")
     _survives(model, now, batch, loader, plain, details)
 
@@ -259,10 +263,12 @@ def _vocabulary(
     """The logits of the tokens that stay, on texts of tokens that stay, are what they were."""
     kept = torch.tensor(next(iter(plan)).tokens)  # type: ignore[union-attr]
     size = dense.get_input_embeddings().num_embeddings
+    special = special_ids(dense, size)
+    plain_ids = torch.tensor([token for token in kept.tolist() if token not in special])
     batch, mapped = dict(inputs), dict(inputs)
     for name in ("input_ids", "decoder_input_ids"):
-        if name in batch:  # ids that go are replaced by others
-            batch[name] = torch.where(torch.isin(batch[name], kept), batch[name], kept[batch[name] % len(kept)])
+        if name in batch:  # ids that go are replaced by others, that mean nothing
+            batch[name] = torch.where(torch.isin(batch[name], kept), batch[name], plain_ids[batch[name] % len(plain_ids)])
             mapped[name] = torch.searchsorted(kept, batch[name])
     before = outputs_of(model, batch)
     meant = [t[..., kept] if t.shape[-1] == size else t for t in before]

@@ -84,16 +84,21 @@ def experts(model: Any, draw: random.Random) -> list[Any]:
     return chosen
 
 
+def special_ids(model: Any, size: int) -> set[int]:
+    """The tokens that the config names: an image's place, a text's end."""
+    asked = Asked(model, 2, 12)
+    return {v for _, c in asked.configs for name, value in vars(c).items() for v in ids_in(name, value) if 0 <= v < size}
+
+
 def vocabulary(model: Any, draw: random.Random) -> list[Any]:
     """Two thirds of the tokens, all that the config names among them."""
-    asked = Asked(model, 2, 12)
     try:
         size = model.get_input_embeddings().num_embeddings
     except (AttributeError, NotImplementedError):
         return []
     # rows past the last token (prompts, an image) are no tokens
     size = min([size, *(one.size for one in vocabularies(model))])
-    special = {v for _, c in asked.configs for name, value in vars(c).items() for v in ids_in(name, value) if 0 <= v < size}
+    special = special_ids(model, size)
     return [hc.KeepVocabulary(sorted(set(draw.sample(range(size), 2 * size // 3)) | special))]  # type: ignore[attr-defined]
 
 
