@@ -28,7 +28,7 @@ from .caches import host_caches_
 from .edits import CompressionError
 from .inner import around, check_inner
 from .layout import OWN, check, finder, finish_replayed, replay_
-from .parts import gathered, parts_in, stamp_parts_
+from .parts import gathered, stamp_parts_
 from .plan import Plan
 from .quantization import is_quantized
 
