@@ -194,7 +194,8 @@ def _spread(get: Callable[[str], nn.Module], cut: Cut, variant: Variant, undo: U
                 continue
             full = weight.shape[part.dim] if before is None else module.hfc_arguments[0][2]  # type: ignore[index,union-attr]
             entry = record.setdefault(part.module, {})
-            for key, along in ((part.parameter, part.dim), ("bias", 0)) if how == "spread" else ((part.parameter, part.dim),):
+            name = factor(module, dim)[0]
+            for key, along in ((name, part.dim), ("bias", 0)) if how == "spread" else ((name, part.dim),):
                 if module._parameters.get(key) is not None:
                     _keep(module, key, rows, along, entry, undo)
             _set(module, width_attribute(module, dim), len(rows), entry, undo)

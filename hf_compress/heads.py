@@ -83,11 +83,11 @@ class _Fewer(TorchFunctionMode):
         super().__init__()
         self.width, self.heads = width, heads
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    def __torch_function__(self, func, types, args: Any = (), kwargs: Any = None):
         kwargs = kwargs or {}
         if self.width and func in (torch.Tensor.reshape, torch.Tensor.view, torch.reshape) and len(args) > 1:
             old, new = self.width
-            given = args[1:] if isinstance(args[1], int) else args[1]
+            given: Any = args[1:] if isinstance(args[1], int) else args[1]
             if isinstance(given, tuple | list) and -1 not in given and old in given:
                 there = list(given)
                 if math.prod(there) != args[0].numel():
