@@ -9,6 +9,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 import hf_compress as hc
 from hf_compress.heads import _attend
+from hf_compress.layout import check
 from hf_compress.pruning import plan_pruning
 from tests.sweep.build import build
 
@@ -124,6 +125,22 @@ def test_heads_of_experts_share_their_keys():
     hc.apply_(model, hc.Plan([hc.KeepHeads("model.layers.0.self_attention", [1])]))
     assert near(outputs(model, inputs), outputs(hand, inputs))
     assert before - size(model) == 24 * (4 * 64 * 2 + 2 * 64)  # four experts' rows and columns; keys and values
+
+
+@pytest.mark.parametrize(
+    "heads",
+    [
+        {"how": "spread", "keep": "0-64", "arguments": [["spread", 0, 64]]},  # a column that the projection does not have
+        {"how": "input", "keep": [0, 1], "arguments": [["input", 0, 64]]},  # the form of other kinds
+        {"how": "spread", "keep": "0-3"},
+        {"how": "spread", "keep": "3-", "arguments": [["spread", 0, 64]]},
+    ],
+)
+def test_what_no_version_writes_is_refused(heads):
+    whole = {"how": "spread", "keep": "0-63", "arguments": [["spread", 0, 64]]}
+    assert check({"modules": {"q": {"heads": whole}}})
+    with pytest.raises(hc.CompressionError):
+        check({"modules": {"q": {"heads": heads}}})
 
 
 class Boxes(nn.Module):
