@@ -39,6 +39,10 @@ def others(asked: Any) -> Iterator[Batch]:
     if asked.main == "noise_embeds":
         width = int(asked.size("hidden_size", 8))
         yield {"noise_embeds": asked.normal(rows, 6, width), "context_hidden_states": asked.normal(rows, 6, width)}
+    if {"hidden_states", "mask"} <= asked.required and asked.size("input_size"):  # the sounds of Phi-4
+        frames = 64
+        sound = asked.normal(rows, frames, int(asked.size("input_size")))
+        yield {"hidden_states": sound, "mask": torch.ones(rows, frames, dtype=torch.bool)}
     if "task_inputs" in asked.required:  # OneFormer
         yield {
             "task_inputs": asked.whole(

@@ -30,8 +30,11 @@ def idle_calls(model: Any, plan: hc.Plan, run: Callable[[], Any]) -> tuple[dict[
     wanted = [blocks[n] for e in plan if (n := getattr(e, "attention", getattr(e, "ffn", None))) in blocks]
     left = {b.name: b for b in wanted if b.name not in _ran(model, wanted, run)}
     calls: dict[str, Call] = {}
+    renumbered = any(isinstance(edit, hc.KeepLayers) for edit in plan)  # what is in a layer has another name then, or is gone
     for name, module in model.named_modules():
         inside = [b for b in left.values() if b.scope == name or b.scope.startswith(f"{name}.")]
+        if renumbered and any(word.isdigit() for word in name.split(".")):
+            continue
         if not inside or not (isinstance(module, PreTrainedModel) or any(b.scope == name for b in inside)) or not name:
             continue
         for inputs in _inputs(module):

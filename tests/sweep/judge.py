@@ -16,7 +16,7 @@ import hf_compress as hc
 from .build import NotBuilt, build
 from .compare import Wrong, by_hand, in_double, line, other_inputs, same_bits
 from .effective import float_form, without_rounding
-from .idle import idle_calls
+from .idle import Call, idle_calls
 from .load import Died, Loader, far, outputs_of
 from .plans import EDITS, plan_for, special_ids
 from .signs import unseen
@@ -154,9 +154,21 @@ def _cut(model: Any, dense: Any, plan: hc.Plan, inputs: Any, loader: Loader, pla
         if not details["apart"][name] <= CLOSE:
             raise Wrong(f"{name}, run by itself: cut and mask differ by {details['apart'][name]:.1e} of the largest output")
     _survives(model, cut, batch, loader, plain, details)
+    if calls and _loads_whole(dense, inputs):
+        _survive_apart(model, calls)
     if plain is not None:
         generates(model, dense, plan, inputs, details)
         trains(model, dense, plan, batch, details)
+
+
+def _survive_apart(model: Any, calls: dict[str, Call]) -> None:
+    """What the inputs do not run gives the same bits too when it is loaded."""
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        loaded = type(model).from_pretrained(folder).eval()
+    for name, call in calls.items():
+        if not same_bits(call(loaded), call(model)):
+            raise Wrong(f"{name}, run by itself: what is loaded differs from what was saved")
 
 
 def _unchanged(model: Any, dense: Any, before: list[torch.Tensor], batch: dict) -> None:

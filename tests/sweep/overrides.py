@@ -102,6 +102,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "minicpm_ocr_vision": {"insert_layer_id": 1},
     "minicpmv4_6_vision": {"insert_layer_id": 1},
     "minicpmv4_7_vision": {"insert_layer_id": 1},
+    "phi4_multimodal": {"audio_config": {"input_size": 80}},
     "mpnet": {"relative_attention_num_buckets": 32},
     "owlvit": {"projection_dim": 64, "text_config": {"projection_dim": 64}, "vision_config": {"projection_dim": 64}},
     "owlv2": {"projection_dim": 64, "text_config": {"projection_dim": 64}, "vision_config": {"projection_dim": 64}},
