@@ -13,6 +13,7 @@ from hf_compress.exits.chain import _through
 from hf_compress.probe import example_inputs
 from tests.exiting import all_logits, expected, halves, run, spread_heads
 from tests.sweep.build import build
+from tests.trainers import trainer
 from tests.zoo import TEXT
 
 # type -> (class, how many layers, those that exits sit after, what the heads read)
@@ -166,6 +167,17 @@ def test_joint_training_reaches_every_exit():
     assert all(p.grad is not None and p.grad.any() for p in model.exit_heads.parameters())
 
 
+def test_a_layer_that_runs_many_times_is_trained_in_a_trainer(tmp_path):
+    model = T.AlbertForSequenceClassification(T.AlbertConfig(**dict(TEXT, num_hidden_layers=3, embedding_size=16)))
+    t = trainer(tmp_path, [hc.EarlyExitCallback([0, 1], threshold=0.01)], model=model, max_steps=2, logging_steps=1)
+    before = {n: p.detach().clone() for n, p in t.model.exit_heads.named_parameters()}
+    t.train()
+    assert all(not torch.equal(p, before[n]) for n, p in t.model.exit_heads.named_parameters())
+    assert any("exit_loss_1" in entry for entry in t.state.log_history)
+    t.eval_dataset = t.train_dataset
+    assert t.evaluate()["eval_mean_exit_depth"] == 1.0
+
+
 def test_gradients_of_rows_that_left_early():
     """What is handed on in the place of rows that left must not make gradients that are no numbers."""
     model, batch = built("convnext")
@@ -234,6 +246,9 @@ def test_what_cannot_have_exits_says_why():
     squeeze = T.SqueezeBertForSequenceClassification(T.SqueezeBertConfig(embedding_size=64, **TEXT)).eval()
     with pytest.raises(hc.CompressionError, match="calls the forward of its layers"):
         resolve_exits(squeeze, [0])
+    xlnet = T.XLNetForSequenceClassification(T.XLNetConfig(vocab_size=99, d_model=32, n_layer=2, n_head=2, d_inner=48)).eval()
+    with pytest.raises(hc.CompressionError, match="does not come first"):
+        resolve_exits(xlnet, [0])
     model, _ = built("resnet")
     with pytest.raises(hc.CompressionError, match="reads one token"):
         resolve_exits(model, [0], pool="last")

@@ -76,11 +76,16 @@ def _places(model: PreTrainedModel, inputs: Mapping[str, Any] | None) -> Places:
     sides = [0] * len(names)
     if len(shapes) != len(names) or len(set(shapes)) != 1 or len(shapes[0]) != 3 or shapes[0][0] != rows:
         chain = find_chain(model, batch, longer_batch(model, batch))
-        stack, shapes, sides = chain.layers, chain.shapes, chain.sides
+        one_list, stack, shapes, sides = shapes, chain.layers, chain.shapes, chain.sides
         if len(stack) < 2 and chain.passed_by:
             raise CompressionError(
                 f"{name} calls the forward of its layers ({chain.passed_by}, ...) and not the layers, so that nothing can "
                 "stand between them; exits are not offered."
+            )
+        if len(stack) < 2 and rows in (seen := {shape[1] for shape in one_list if len(shape) == 3}) and len(seen) == 1:
+            raise CompressionError(
+                f"The layers of {name} give {tuple(one_list[0])} for {rows} rows: the batch does not come first there, and "
+                "exits are not offered."
             )
         if len(stack) < 2:
             raise CompressionError(
