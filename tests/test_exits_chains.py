@@ -19,11 +19,9 @@ from tests.zoo import TEXT
 # type -> (class, how many layers, those that exits sit after, what the heads read)
 MODELS = {
     "resnet": (T.ResNetForImageClassification, 8, [0, 3], "maps"),
-    "mobilenet_v2": (T.MobileNetV2ForImageClassification, 16, [1, 9], "maps"),
-    "efficientnet": (T.EfficientNetForImageClassification, 7, [0, 4], "maps"),
     "convnext": (T.ConvNextForImageClassification, 8, [0, 3], "maps"),
     "swin": (T.SwinForImageClassification, 8, [1, 2], "mean"),
-    "levit": (T.LevitForImageClassification, 3, [0, 1], "mean"),
+    "levit": (T.LevitForImageClassification, 16, [0, 5], "mean"),
     "mobilevit": (T.MobileViTForImageClassification, 7, [0, 4], "maps"),
     "albert": (T.AlbertForSequenceClassification, 3, [0, 1], "mean"),
     "funnel": (T.FunnelForSequenceClassification, 12, [1, 5], ["mean", "first"]),  # tokens are pooled after the fourth
@@ -34,8 +32,6 @@ MODELS = {
     # one list, but more than hidden states goes from layer to layer, or has several entries a row
     "bloom": (T.BloomForSequenceClassification, 3, [0, 1], "last"),
     "lilt": (T.LiltForSequenceClassification, 3, [0, 1], "mean"),
-    "mobilebert": (T.MobileBertForSequenceClassification, 3, [0, 1], "mean"),
-    "gptj": (T.GPTJForSequenceClassification, 3, [0, 1], "last"),
     "longformer": (T.LongformerForSequenceClassification, 3, [0, 1], "first"),  # pads to its window
 }
 

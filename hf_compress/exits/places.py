@@ -33,9 +33,14 @@ class Places:
 
 
 def simple_stack(model: PreTrainedModel) -> tuple[Layer, ...]:
-    """The one list of layers that the model has; empty if it has several, or none, or runs its layers more than once."""
+    """The one list of layers that the model has; empty if it has several, or none, or runs its layers more than once.
+
+    A list in an entry of another one is a stage, and not all that there is.
+    """
     stacks = discover(model).stacks
     layers = next(iter(stacks.values())) if len(stacks) == 1 else ()
+    if any(any(word.isdigit() for word in layer.path.split(".")) for layer in layers):
+        return ()
     told = getattr(model.config, "num_hidden_layers", len(layers))
     return () if isinstance(told, int) and told > len(layers) else layers
 
