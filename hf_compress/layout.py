@@ -17,7 +17,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .edits import CompressionError, from_spans, spans_of
-from .exits.options import check_options
+from .exits.options import check_options, stack_names
 from .exits.runtime import attach_exits_
 from .heads import HOW, ConfigView, HeadCount, narrow_, select_heads_
 from .kinds import check_kinds, follow_ties_, make_
@@ -377,11 +377,12 @@ def replay_(model: nn.Module, layout: Layout, start: Start | None = None, base: 
     exits = layout.get("exits")
     if exits:
         modules = dict(model.named_modules())
-        if exits["stack"] in modules:
+        names = stack_names(exits["stack"])
+        if all(name in modules for name in names):
             attach_exits_(model, exits)
-        elif exits["stack"].removeprefix(prefix) not in modules and prefix != ".":  # the base model alone has no exits
+        elif prefix == "." or not all(name.removeprefix(prefix) in modules for name in names):  # the base alone has no exits
             raise CompressionError(
-                f"The checkpoint has exits in {exits['stack']!r}, which {type(model).__name__} does not have: another model."
+                f"The checkpoint has exits in {names[-1]!r}, which {type(model).__name__} does not have: another model."
             )
     found = {name: find(name) for name in layout["modules"]}
     if found and not any(found.values()) and not _is_base_of_checkpoint(model, layout):

@@ -239,6 +239,9 @@ class HfCompressQuantizer(HfQuantizer):
                 module._is_hf_initialized = True  # nothing can be drawn for integers; `_check_filled` tells what is missing
         find = finder(model)
         for name, entry in self.quantization_config.layout["modules"].items():
+            locked = find(name) if entry.get("lock") else None
+            if locked is not None:
+                vars(locked)["_is_hf_initialized"] = True  # Funnel would count two axes
             block = find(name.rpartition(".")[0]) if entry.keys() & {"children", "kinds"} else None
             # Switch would draw as many experts as the config says, Nemotron's upsampler the taps of a convolution that it had
             if block is None or isinstance(block, PreTrainedModel):

@@ -17,6 +17,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from .cutting import Undo
 from .edits import CompressionError
+from .exits.options import renamed_stack
 from .layout import Layout, finder
 from .stacks import base_config
 
@@ -116,8 +117,8 @@ def local_layout(layout: Mapping[str, Any], part: ModelPart, others: list[str]) 
         numbers = layout.get("numbers", {})
         found["numbers"] = {k[len(part.key) + 1 :]: v for k, v in numbers.items() if k.startswith(f"{part.key}.")}
     exits = layout.get("exits")
-    if exits and _under(exits["stack"], part.path):
-        found["exits"] = {**exits, "stack": _under(exits["stack"], part.path)}
+    if exits and (stack := renamed_stack(exits["stack"], lambda name: _under(name, part.path))):
+        found["exits"] = {**exits, "stack": stack}
     return copy.deepcopy(found)
 
 
@@ -161,7 +162,7 @@ def named_as(model: nn.Module, layout: Mapping[str, Any]) -> Layout:
         if key in layout:
             found[key] = {rename(name): value for name, value in layout[key].items()}
     if layout.get("exits"):
-        found["exits"] = {**layout["exits"], "stack": rename(layout["exits"]["stack"])}
+        found["exits"] = {**layout["exits"], "stack": renamed_stack(layout["exits"]["stack"], rename)}
     return found
 
 

@@ -226,6 +226,11 @@ def _experts(model: nn.Module, plan: Plan, inputs: Mapping[str, Any] | None, und
 
 def _cut_channels(model: nn.Module, plan: Plan, inputs: Mapping[str, Any] | None, undo: Undo) -> None:
     edits: Any = plan.edits
+    if any("exit_heads" in module._modules for module in model.modules()):
+        raise CompressionError(
+            "This model has early exits, whose heads read channels by number; cut channels first, then add exits "
+            "(detach_exits_ takes them off)."
+        )
     record = channels_(model, edits, inputs, undo)
     for name, owner in owners_in(model):
         if any(not name or touched.startswith(f"{name}.") for touched in record):

@@ -185,7 +185,8 @@ def _exits(model: Any, structure: Any) -> str | None:
 
     depth = max((len(layers) for layers in structure.stacks.values()), default=0)
     try:
-        resolve_exits(model, [0], pool="mean")
+        stack = resolve_exits(model, [0])["stack"]
+        depth = len(stack) if isinstance(stack, list) else len(model.get_submodule(stack))
     except NoInputs:
         if not type(model).__name__.endswith(("ForSequenceClassification", "ForImageClassification")):
             return "no: only classifiers of texts and images have exits"

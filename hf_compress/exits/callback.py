@@ -107,11 +107,13 @@ class EarlyExitCallback(TrainerCallback):
         known = exit_options(owner)
         if known is None:
             options = resolve_exits(owner, self.after, self.criterion, self.threshold, inputs=self.inputs, **self.options)
+            if isinstance(options["pool"], list):  # a plan says what was asked; what suits each layer follows from it
+                options["pool"] = self.options["pool"]
             attach_and_record(owner, options, self.inputs)
         else:  # loaded from a checkpoint: it trains on
             depth = owner.__dict__["_exits"].depth
             wanted, threshold, weights = without_last(self.after, depth, self.threshold, self.options["weights"])
-            if known["after"] != wanted or self.options["pool"] not in (None, known["pool"]):
+            if known["after"] != wanted or not _reads(self.options["pool"], known["pool"]):
                 raise CompressionError(
                     f"This model has exits after {known['after']} already (pool={known['pool']!r}), and the callback asks for "
                     f"{self.after}; ask for the same, or detach_exits_(model) first."
@@ -241,6 +243,12 @@ def attach_and_record(model: PreTrainedModel, options: dict[str, Any], inputs: M
     """Attach exits so that a checkpoint loads with them: the one place where the callback changes a model's structure."""
     edit = AddExits(**{field.name: options[field.name] for field in fields(AddExits)})
     apply_(model, Plan([edit]), inputs=inputs)
+
+
+def _reads(asked: str | None, known: str | list[str]) -> bool:
+    """Whether exits that are there pool as asked; of feature maps the mean is called so too."""
+    given = known if isinstance(known, list) else [known]
+    return asked is None or all(how in (asked, "maps") and (how == asked or asked == "mean") for how in given)
 
 
 def _owner(model: Any) -> PreTrainedModel:

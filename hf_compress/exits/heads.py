@@ -10,7 +10,8 @@ from torch import nn
 
 from ..edits import CompressionError
 
-POOLS = ("first", "mean", "last")
+# "maps": of feature maps whose channels come first, the mean over all places
+POOLS = ("first", "mean", "last", "maps")
 
 
 class ExitHead(nn.Module):
@@ -23,7 +24,8 @@ class ExitHead(nn.Module):
     Args:
         hidden_size (`int`): width of the layer's output.
         num_labels (`int`): number of classes.
-        pool (`str`): `"first"` token, `"mean"` of the real tokens, or `"last"` real token.
+        pool (`str`): `"first"` token, `"mean"` of the real tokens (or of all places, where the width comes last), or `"last"`
+            real token; `"maps"`: mean over all places of feature maps (rows, width, ...).
 
     Example:
 
@@ -52,6 +54,10 @@ class ExitHead(nn.Module):
 
 def pool(hidden: torch.Tensor, how: str, tokens: torch.Tensor | None) -> torch.Tensor:
     """One vector a row. `tokens`: for `"last"` its position, for `"mean"` weights (rows, tokens); None: no padding."""
+    if how == "maps":
+        return hidden.flatten(2).mean(-1)
+    if how == "mean" and hidden.ndim > 3:
+        return hidden.flatten(1, -2).mean(1)
     if how == "first":
         return hidden[:, 0]
     if how == "last":
@@ -75,7 +81,7 @@ def tokens_to_read(config: Any, how: str, inputs: Mapping[str, Any]) -> torch.Te
     position where there is no pad token or no token ids. `"mean"` is over the tokens of the attention mask.
     """
     if how == "last":
-        ids, pad = inputs.get("input_ids"), config.get_text_config().pad_token_id
+        ids, pad = inputs.get("input_ids"), getattr(config.get_text_config(), "pad_token_id", None)
         if ids is None or pad is None:
             return None
         positions = torch.arange(ids.shape[-1], device=ids.device, dtype=torch.int32)

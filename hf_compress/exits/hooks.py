@@ -7,12 +7,13 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import Cache
 from transformers.utils import logging
 
 from ..edits import CompressionError
 from .criteria import CRITERIA
 from .heads import tokens_to_read
-from .leaving import Pass
+from .leaving import Pass, Steps
 from .losses import IGNORED, class_labels, cross_entropies, exit_weights, self_distillation, uses_num_items
 
 logger = logging.get_logger(__name__)
@@ -23,12 +24,11 @@ PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens")  # several sequences i
 class Exits:
     """What a model and its layers share: the options, and what the last forward pass left behind."""
 
-    def __init__(self, options: dict[str, Any], depth: int, names: tuple[str, ...]) -> None:
-        self.options, self.depth, self.names = options, depth, names  # names: of forward's arguments
+    def __init__(self, options: dict[str, Any], depth: int, steps: Steps, names: tuple[str, ...]) -> None:
+        self.options, self.depth, self.steps, self.names = options, depth, steps, names  # names: of forward's arguments
         self.enabled = True
         self.muted = False  # while a cut is proved: neither rows that leave nor joined losses
         self.now: Pass | None = None  # only during a forward of the model
-        self.by_row: dict[tuple, bool] = {}  # which arguments of a layer have one entry a row (see `leaving`)
         self.left: torch.Tensor | None = None
         self.collected: list[torch.Tensor] | None = None
         self.uses_num_items: bool | None = None
@@ -82,17 +82,17 @@ def begin(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple,
     thresholds = (
         options["threshold"] if isinstance(options["threshold"], list) else [options["threshold"]] * len(options["after"])
     )
+    heads: dict[str, Any] = dict(model.exit_heads.items())  # type: ignore[operator]
     state.now = Pass(
-        heads=dict(model.exit_heads.items()),  # type: ignore[operator]
-        tokens=tokens_to_read(model.config, options["pool"], inputs),
+        heads=heads,
+        tokens={how: tokens_to_read(model.config, how, inputs) for how in {head.pool for head in heads.values()}},
         criterion=CRITERIA[options["criterion"]],
         thresholds=dict(zip(options["after"], thresholds, strict=True)),
         leaves=leaves,
-        by_row=state.by_row,
+        steps=state.steps,
         attention=str(getattr(model.config, "_attn_implementation", None)),
         run=lambda probe, changed: _run_as(model, state, probe, changed),
         inputs=inputs,
-        main_input=getattr(model, "main_input_name", "input_ids"),
     )
     return args, kwargs
 
@@ -130,6 +130,7 @@ def end(model: nn.Module, args: tuple, kwargs: dict[str, Any], outputs: Any) -> 
         return _with(outputs, loss_at, _joint_loss(state, every, outputs[loss_at], labels, kwargs))
     if not now.gone:
         return None
+    outputs = _without_cache(outputs)
     rows, chosen, layers = (torch.cat(parts) for parts in zip(*now.gone, strict=True))
     state.left = state.left.index_copy(0, rows, layers)
     mixed = logits.index_copy(0, rows, chosen.to(logits.dtype))
@@ -141,6 +142,15 @@ def end(model: nn.Module, args: tuple, kwargs: dict[str, Any], outputs: Any) -> 
         labelled = (labels != IGNORED).any()
         outputs = _with(outputs, loss_at, torch.where(labelled, after * scale, outputs[loss_at]))
     return _with(outputs, logits_at, mixed)
+
+
+def _without_cache(outputs: Any) -> Any:
+    """No cache that lacks rows is handed on; a forward that asks for one lets nobody leave."""
+    if isinstance(outputs, tuple):
+        return tuple(value for value in outputs if not isinstance(value, Cache))
+    for name in [name for name, value in outputs.items() if isinstance(value, Cache)]:
+        outputs[name] = None
+    return outputs
 
 
 def _with(outputs: Any, place: Any, value: torch.Tensor) -> Any:

@@ -1,9 +1,9 @@
 """One forward pass in which rows leave: which rows are still there, what later layers see, and how rows come back.
 
-Every layer is given, and gives, the full batch, so that whatever a model does between its layers or after them stays
-right; only inside a layer are there fewer rows. Which of a layer's arguments have one entry a row is not guessed from
-shapes (a batch may be as large as a sequence is long): the model is run once more, up to that layer, with one row more,
-and what grew has.
+A layer is one module, or a few that run one after the other (its steps). Every step is given, and gives, the full batch, so
+that whatever a model does between its layers or after them stays right; only inside a step are there fewer rows. Which
+tensors that a step is given or gives have entries of rows is not guessed from shapes (a batch may be as large as a sequence is
+long): the model is run once more, with one row more, and what grew has.
 """
 
 from __future__ import annotations
@@ -13,29 +13,71 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import Cache
 
 from ..edits import CompressionError
 from .criteria import Criterion
+from .trees import mapped, tensors_in
 
 NOT_ROWS = ("cache_position",)  # inputs of a model whose first dimension is never the batch
 PLAIN = str | int | float | torch.dtype | torch.device | None
+GIVEN, GIVES = "given", "gives"
+MOST_SIZES = 1000  # of inputs, of which it is remembered what a step makes of them
+
+Call = Callable[..., Any]
 
 
-class _Seen(Exception):
-    """Raised where a probe has reached its layer."""
+class Steps:
+    """The modules that the layers of a model run, one after the other, and where among them a layer ends.
+
+    Args:
+        names: of each step; "" where all are alike, so that what is learned of one holds for all.
+        ends: position of a layer's last step -> the layer.
+    """
+
+    def __init__(self, names: list[str], ends: dict[int, int]) -> None:
+        self.names, self.ends = names, ends
+        self.alike = not any(names)
+        self.by_row: dict[tuple, int] = {}  # how many entries a tensor has for each row, 0 if it has none (see `Pass._learn`)
+        self.made: dict[tuple, Any] = {}  # what a step makes of inputs of some shapes: it says what to hand on for no rows
+
+    def following(self, places: tuple[int, ...], last: int) -> int:
+        """The next of a module's positions."""
+        at = next((place for place in places if place > last), None)
+        if at is None:
+            raise CompressionError(
+                f"Layer {self.layer_of(places[-1])} ran twice in one forward pass; exits need layers that run in the order "
+                "that was found when they were added."
+            )
+        return at
+
+    def layer_of(self, at: int) -> int:
+        return next(layer for end, layer in self.ends.items() if end >= at)
 
 
 class Probe:
-    """Stands in for a `Pass`: runs layers as they are up to one, and keeps the shapes of what that one is given."""
+    """Stands in for a `Pass`: runs every step as it is, and keeps the shapes of what it is given and gives."""
 
-    def __init__(self, index: int) -> None:
-        self.index, self.shapes = index, {}
+    def __init__(self, steps: Steps, rows: int, count: int) -> None:
+        self.steps, self.rows, self.count, self.last = steps, rows, count, -1  # the row `count` is the first once more
+        self.shapes: dict[tuple, tuple[int, ...]] = {}
+        self.blocks: set[tuple] = set()  # tensors with several entries a row that lie side by side
 
-    def layer(self, index: int, call: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
-        if index == self.index:
-            self.shapes = {path: tuple(tensor.shape) for path, tensor in _tensors((args, kwargs))}
-            raise _Seen
-        return call(*args, **kwargs)
+    def step(self, places: tuple[int, ...], call: Call, args: tuple, kwargs: dict[str, Any]) -> Any:
+        at = self.last = self.steps.following(places, self.last)
+        self._see(at, GIVEN, (args, kwargs))
+        outputs = call(*args, **kwargs)
+        self._see(at, GIVES, outputs)
+        return outputs
+
+    def _see(self, at: int, side: str, value: Any) -> None:
+        for path, tensor in tensors_in(value):
+            self.shapes[at, side, path] = tuple(tensor.shape)
+            many, over = divmod(len(tensor), self.rows) if tensor.ndim else (0, 0)
+            if many > 1 and not over:
+                one, other = tensor[:many].float(), tensor[many * self.count : many * (self.count + 1)].float()
+                if torch.allclose(one, other, 1e-3, equal_nan=True):
+                    self.blocks.add((at, side, path))
 
 
 class Pass:
@@ -44,69 +86,130 @@ class Pass:
     def __init__(
         self,
         heads: Mapping[str, nn.Module],
-        tokens: torch.Tensor | None,
+        tokens: dict[str, torch.Tensor | None],
         criterion: Criterion,
         thresholds: Mapping[int, Any],
         leaves: bool,
-        by_row: dict[tuple, bool],
+        steps: Steps,
         attention: str,
         run: Callable[[Probe, dict[str, Any]], None],
         inputs: Mapping[str, Any],
-        main_input: str,
     ) -> None:
         self.heads, self.tokens, self.criterion, self.thresholds = heads, tokens, criterion, thresholds
-        self.leaves, self.by_row, self.attention = leaves, by_row, attention
-        self.run, self.inputs, self.main_input = run, inputs, main_input
+        self.leaves, self.steps, self.attention = leaves, steps, attention
+        self.run, self.inputs = run, inputs
         self.logits: list[torch.Tensor] = []  # of the exits so far, of the rows that are still there
         self.gone: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []  # (rows, their logits, the layer)
         self.rows: torch.Tensor | None = None  # those still there, once some have left
-        self.compact: torch.Tensor | None = None  # their hidden states
-        self.full: torch.Tensor | None = None  # the batch as the last layer handed it on
+        self.count = 0  # of rows in the batch, known once some have left
+        self.compact: torch.Tensor | None = None  # what the last step gave, for the rows that are still there
+        self.full: torch.Tensor | None = None  # the same, for the batch
         self.ours = False  # whether `full` is a copy that later layers may write into
-        self.rest: tuple | None = None  # what a layer gives beside hidden states
+        self.handed: Any = None  # all that the last step gave, for the batch
+        self.many: dict[str, int] = {}  # how many entries for each row, of what it gave
         self.last = -1
+        self.probe: Probe | None = None
         self.picked: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
-    def layer(self, index: int, call: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
-        if index <= self.last:
-            raise CompressionError(f"Layer {index} ran twice in one forward pass; exits need layers that run once, in order.")
-        self.last = index
+    def step(self, places: tuple[int, ...], call: Call, args: tuple, kwargs: dict[str, Any]) -> Any:
+        at = self.last = self.steps.following(places, self.last)
         if self.rows is None:
-            outputs = call(*args, **kwargs)
-            self.full, self.rest = _split(outputs)
-            self._ask(index, self.full)
+            outputs = self.handed = call(*args, **kwargs)
+            self.full = main_of(outputs)
+            self._ask(at, self.full)
             return outputs
-        hidden = args[0] if args else kwargs["hidden_states"]
         if not self.rows.numel():
-            return hidden if self.rest is None else (hidden, *self.rest)
-        self._learn(index, args, kwargs)
-        compact = self.compact if hidden is self.full else hidden.index_select(0, self.rows)
-        if args:
-            args = (compact, *(self._pick(value, f"0.{i}") for i, value in enumerate(args[1:], 1)))
-        else:
-            kwargs = {"hidden_states": compact, **{k: v for k, v in kwargs.items() if k != "hidden_states"}}
-        kwargs = {k: v if v is compact else self._pick(v, f"1.{k}") for k, v in kwargs.items()}
-        self.compact, self.rest = _split(call(*args, **kwargs))
-        if self.rest is not None and next(_tensors(self.rest), None) is not None:
-            raise CompressionError(
-                f"Layer {index} hands on more than hidden states, for only the rows that are still there; exits are not "
-                "offered for this model: set_exits_(model, enabled=False)."
-            )
-        written = self.compact.to(hidden.dtype)
-        if self.ours and hidden is self.full:
-            self.full = hidden.index_copy_(0, self.rows, written)
-        else:
-            self.full, self.ours = hidden.index_copy(0, self.rows, written), not torch.is_grad_enabled()
-        outputs = self.full if self.rest is None else (self.full, *self.rest)
-        self._ask(index, self.compact)
+            return self._nobody(at, call, args, kwargs)
+        outputs = self._some(at, call, args, kwargs)
+        self._ask(at, self.compact)  # type: ignore[arg-type]
         return outputs
 
-    def _ask(self, index: int, hidden: torch.Tensor) -> None:
-        """Ask the exit after this layer, if there is one, which rows are sure, and let them leave."""
+    def _some(self, at: int, call: Call, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """Run a step on the rows that are still there; what it gives, for the batch."""
+        given = dict(tensors_in((args, kwargs)))
+        self._learn(at, GIVEN, given, self.count)
+        hidden = _hidden(given)
+        if hidden is None or not self._entries_of(at, GIVEN, *hidden, self.count):
+            raise CompressionError(
+                f"The first dimension of what layer {self.steps.layer_of(at)} is given is not the batch; exits are not offered."
+            )
+        some, more = mapped((args, kwargs), lambda path, tensor: self._pick(at, path, tensor), self._other)
+        outputs = call(*some, **more)
+        return self._spread(at, outputs, hidden[1])
+
+    def _spread(self, at: int, outputs: Any, hidden: torch.Tensor) -> Any:
+        """What a step gave for some rows, for the batch: of the rows that left anything, since nothing reads it."""
+        assert self.rows is not None
+        rows, found = self.rows, dict(tensors_in(outputs))
+        self._learn(at, GIVES, found, len(rows))
+        first = next(iter(found))
+        self.compact = found[first]
+
+        self.many = {path: self._entries_of(at, GIVES, path, tensor, len(rows)) for path, tensor in found.items()}
+
+        def back(path: str, tensor: torch.Tensor) -> torch.Tensor:
+            many = self.many[path]
+            if path == first and many == 1 and self.steps.alike and hidden.shape[1:] == tensor.shape[1:]:
+                written = tensor.to(hidden.dtype)
+                if self.ours and hidden is self.full:
+                    return hidden.index_copy_(0, rows, written)
+                self.ours = not torch.is_grad_enabled()
+                return hidden.index_copy(0, rows, written)
+            if not many:
+                return tensor
+            # of the rows that left: those of one that is still there, which are sure to be numbers
+            where = torch.zeros(self.count, dtype=rows.dtype, device=rows.device)
+            where[rows] = torch.arange(len(rows), device=rows.device)
+            return tensor.index_select(0, _entries(where, many).to(tensor.device))
+
+        self.handed = mapped(outputs, back)
+        self.full = main_of(self.handed)
+        return self.handed
+
+    def _nobody(self, at: int, call: Call, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """What a step hands on where no row is left: anything of the right shapes, since nothing reads it."""
+        given = dict(tensors_in((args, kwargs)))
+        hidden = _hidden(given)
+        if self.steps.alike and hidden is not None:
+            first = next(path for path, _ in tensors_in(self.handed))
+            return mapped(self.handed, lambda path, tensor: hidden[1] if path == first else tensor)
+        key = (self.steps.names[at], *((tuple(tensor.shape[1:]), tensor.dtype) for tensor in given.values() if tensor.ndim))
+        if key not in self.steps.made:
+            # seen for the first time: it runs on a row that has left
+            rows, self.rows = self.rows, self.gone[0][0][:1]
+            self.picked.clear()
+            try:
+                outputs = self._some(at, call, args, kwargs)
+            finally:
+                self.rows = rows
+                self.picked.clear()
+            if len(self.steps.made) >= MOST_SIZES:
+                self.steps.made.clear()
+            # shapes alone: a zero that is seen in every place
+            shapes = mapped(outputs, lambda path, t: t.new_zeros(()).expand(t.shape) if self.many[path] else t.detach().clone())
+            self.steps.made[key] = shapes, self.many
+            return outputs
+        shapes, entries = self.steps.made[key]
+        device, count = self.gone[0][0].device, self.count
+
+        def fill(path: str, tensor: torch.Tensor) -> torch.Tensor:
+            if not entries[path]:
+                return tensor.to(device)
+            return torch.zeros((entries[path] * count, *tensor.shape[1:]), dtype=tensor.dtype, device=device)
+
+        return mapped(shapes, fill)
+
+    def _ask(self, at: int, hidden: torch.Tensor) -> None:
+        """Ask the exit after this layer, if it ends here and there is one, which rows are sure, and let them leave."""
+        index = self.steps.ends.get(at, -1)
         head = self.heads.get(str(index))
         if head is None:
             return
-        logits = head(hidden, self.tokens)
+        logits = head(hidden, self.tokens[head.pool])  # type: ignore[index]
+        if self.rows is not None and len(logits) != len(self.rows):
+            raise CompressionError(
+                f"Layer {index} gives {len(logits)} entries for {len(self.rows)} rows; exits are not offered."
+            )
         self.logits.append(logits)
         if not self.leaves:
             return
@@ -119,26 +222,29 @@ class Pass:
             return
         order = sure.to(torch.uint8).argsort(stable=True)
         stay, leave = order[: len(order) - count], order[len(order) - count :]
-        rows = self.rows if self.rows is not None else torch.arange(len(order), device=hidden.device)
-        self.gone.append((rows[leave], logits[leave], torch.full_like(leave, index)))
-        self.rows, self.compact = rows[stay], hidden.index_select(0, stay)
+        if self.rows is None:
+            self.count, self.rows = len(order), torch.arange(len(order), device=hidden.device)
+        self.gone.append((self.rows[leave], logits[leave], torch.full_like(leave, index)))
+        self.rows, self.compact = self.rows[stay], hidden.index_select(0, stay)
         self.logits = [past[stay] for past in self.logits]
-        self.tokens = None if self.tokens is None else self.tokens[stay]
+        self.tokens = {pool: None if tokens is None else tokens[stay.to(tokens.device)] for pool, tokens in self.tokens.items()}
         self.picked.clear()
 
-    def _pick(self, value: Any, path: str) -> Any:
-        """The rows that are still there, of an argument of a layer."""
-        if isinstance(value, torch.Tensor):
-            if not value.ndim or not self.by_row[self._key(path, value)]:
-                return value
-            if id(value) not in self.picked:  # layers share masks and positions
-                self.picked[id(value)] = value, value.index_select(0, self.rows)  # type: ignore[arg-type]
-            return self.picked[id(value)][1]
-        if isinstance(value, tuple | list):
-            parts = [self._pick(v, f"{path}.{i}") for i, v in enumerate(value)]
-            return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)  # type: ignore[arg-type]
-        if type(value) is dict:
-            return {key: self._pick(v, f"{path}.{key}") for key, v in value.items()}
+    def _pick(self, at: int, path: str, tensor: torch.Tensor) -> torch.Tensor:
+        """The rows that are still there, of a tensor that a step is given."""
+        many = self._entries_of(at, GIVEN, path, tensor, self.count)
+        if not many:
+            return tensor
+        if tensor is self.full and self.compact is not None and len(self.compact) == many * len(self.rows):  # type: ignore[arg-type]
+            return self.compact
+        if id(tensor) not in self.picked:  # layers share masks and positions
+            entries = _entries(self.rows, many).to(tensor.device)  # type: ignore[arg-type]
+            self.picked[id(tensor)] = tensor, tensor.index_select(0, entries)
+        return self.picked[id(tensor)][1]
+
+    def _other(self, path: str, value: Any) -> Any:
+        if isinstance(value, Cache):  # made by this forward, which nobody asked for one: layers compute the same without
+            return None
         if not isinstance(value, PLAIN):
             raise CompressionError(
                 f"A layer takes a {type(value).__name__} ({path.partition('.')[2]}), which cannot be split into rows. Use "
@@ -146,64 +252,98 @@ class Pass:
             )
         return value
 
-    def _key(self, path: str, tensor: torch.Tensor) -> tuple:
-        return self.attention, path, tensor.ndim, tensor.shape[0] == 1
+    def _key(self, at: int, side: str, path: str, tensor: torch.Tensor, rows: int) -> tuple:
+        # a tensor that has one entry for all rows in one batch may have one for each in another
+        return self.steps.names[at], self.attention, side, path, tensor.ndim, len(tensor) == 1, rows == 1
 
-    def _learn(self, index: int, args: tuple, kwargs: dict[str, Any]) -> None:
-        """Find out which arguments of a layer have one entry a row, where it is not known yet."""
-        found = {path: tensor for path, tensor in _tensors((args, kwargs)) if tensor.ndim}
-        if all(self._key(path, tensor) in self.by_row for path, tensor in found.items()):
-            return
-        probe = Probe(index)
-        main = self.inputs.get(self.main_input)
-        if not isinstance(main, torch.Tensor):
-            main = next(value for value in self.inputs.values() if isinstance(value, torch.Tensor) and value.ndim)
-        count = main.shape[0]
-        again = torch.arange(count + 1, device=main.device) % count  # the first row twice: nothing else changes
-        inputs = {
-            name: value.index_select(0, again.to(value.device)) if _has_rows(name, value, count) else value
-            for name, value in self.inputs.items()
-            if name not in ("labels", "num_items_in_batch")
-        }
-        try:
-            self.run(probe, inputs)
-        except _Seen:
-            pass
-        learned = {}
-        for path, tensor in found.items():
-            before, after = tuple(tensor.shape), probe.shapes.get(path)
-            if after == (count + 1, *before[1:]) and before[0] == count:
-                learned[self._key(path, tensor)] = True
-            elif after == before:
-                learned[self._key(path, tensor)] = False
-            else:
-                raise CompressionError(
-                    f"{path.partition('.')[2]!r}, an argument of layer {index}, is {before} for {count} rows and {after} for "
-                    f"{count + 1}: its rows cannot be told apart, so none can leave. set_exits_(model, enabled=False) runs all."
-                )
-        hidden = "0.0" if args else "1.hidden_states"
-        if not learned[self._key(hidden, found[hidden])]:
+    def _entries_of(self, at: int, side: str, path: str, tensor: torch.Tensor, rows: int) -> int:
+        many = self.steps.by_row[self._key(at, side, path, tensor, rows)] if tensor.ndim else 0
+        if many and len(tensor) != many * rows:
             raise CompressionError(
-                f"The first dimension of what layer {index} is given is not the batch; exits are not offered."
+                f"{path.partition('.')[2] or 'what it gives'!r}, a tensor of layer {self.steps.layer_of(at)}, had {many} "
+                f"entries for each row before and is {tuple(tensor.shape)} for {rows} rows now; set_exits_(model, "
+                "enabled=False) runs all."
             )
-        self.by_row.update(learned)
+        return many
+
+    def _learn(self, at: int, side: str, found: Mapping[str, torch.Tensor], rows: int) -> None:
+        """Find out how many entries tensors have for each of `rows` rows, where it is not known yet."""
+        keys = {path: self._key(at, side, path, tensor, rows) for path, tensor in found.items() if tensor.ndim}
+        unknown = {key: (path, found[path]) for path, key in keys.items() if key not in self.steps.by_row}
+        if not unknown:
+            return
+        if self.probe is None:
+            self.probe = self._one_row_more()
+        learned = {}
+        for key, (path, tensor) in unknown.items():
+            now, then = tuple(tensor.shape), self.probe.shapes.get((at, side, path))
+            many, over = divmod(now[0], rows)
+            if not over and many and then == (many * self.probe.rows, *now[1:]):
+                if many > 1 and (at, side, path) not in self.probe.blocks:
+                    raise CompressionError(self._cannot_tell(at, path, now, rows, then))
+                learned[key] = many
+            elif then == now:
+                learned[key] = 0
+            else:
+                raise CompressionError(self._cannot_tell(at, path, now, rows, then))
+        self.steps.by_row.update(learned)
+
+    def _cannot_tell(self, at: int, path: str, now: tuple[int, ...], rows: int, then: tuple[int, ...] | None) -> str:
+        more = self.probe.rows if self.probe else 0
+        return (
+            f"{path.partition('.')[2] or 'what it gives'!r}, a tensor of layer {self.steps.layer_of(at)}, is {now} for {rows} "
+            f"rows and {then} for {more}: its rows cannot be told apart, so none can leave. set_exits_(model, enabled=False) "
+            "runs all."
+        )
+
+    def _one_row_more(self) -> Probe:
+        inputs = {name: value for name, value in self.inputs.items() if name not in ("labels", "num_items_in_batch")}
+        failed: Exception | None = None
+        for more, rows in more_rows(inputs, self.count):
+            probe = Probe(self.steps, rows, self.count)
+            try:
+                self.run(probe, more)
+            except CompressionError:
+                raise
+            except Exception as error:  # whatever a model does with inputs that do not fit together
+                failed = error
+                continue
+            return probe
+        raise CompressionError(
+            "Which tensors have entries of rows is found by running the model with more rows, and it does not run so "
+            f"({type(failed).__name__}: {failed}): some of its inputs ({', '.join(inputs)}) belong to rows without having one "
+            "entry for each. set_exits_(model, enabled=False) runs all."
+        ) from failed
 
 
-def _has_rows(name: str, value: Any, count: int) -> bool:
-    return isinstance(value, torch.Tensor) and value.ndim > 0 and value.shape[0] == count and name not in NOT_ROWS
+def more_rows(inputs: Mapping[str, Any], count: int) -> Iterator[tuple[dict[str, Any], int]]:
+    """A batch with its first row once more at the end; for models that pack pictures of all rows, the whole batch twice."""
+
+    def longer(name: str, value: Any, rows: int) -> Any:
+        if not isinstance(value, torch.Tensor) or not value.ndim or name in NOT_ROWS:
+            return value
+        if rows > count + 1:
+            return torch.cat([value, value])
+        return torch.cat([value, value[:1]]) if len(value) == count else value
+
+    for rows in (count + 1, 2 * count):
+        yield {name: longer(name, value, rows) for name, value in inputs.items()}, rows
 
 
-def _split(outputs: Any) -> tuple[torch.Tensor, tuple | None]:
-    """Hidden states, and what a layer gives beside them (None where it gives a bare tensor)."""
-    return (outputs[0], tuple(outputs[1:])) if isinstance(outputs, tuple | list) else (outputs, None)  # a list: OpenAI-GPT
+def _entries(rows: torch.Tensor, many: int) -> torch.Tensor:
+    """Where the entries of rows lie, of which each has `many` side by side."""
+    return rows if many == 1 else (rows[:, None] * many + torch.arange(many, device=rows.device)).flatten()
 
 
-def _tensors(value: Any, path: str = "") -> Iterator[tuple[str, torch.Tensor]]:
-    if isinstance(value, torch.Tensor):
-        yield path, value
-    elif isinstance(value, tuple | list):
-        for i, v in enumerate(value):
-            yield from _tensors(v, f"{path}.{i}" if path else str(i))
-    elif type(value) is dict:
-        for key, v in value.items():
-            yield from _tensors(v, f"{path}.{key}" if path else str(key))
+def _hidden(given: Mapping[str, torch.Tensor]) -> tuple[str, torch.Tensor] | None:
+    """The hidden states, of all that a step is given."""
+    path = next((path for path in ("0.0", "1.hidden_states") if path in given), next(iter(given), None))
+    return None if path is None else (path, given[path])
+
+
+def main_of(outputs: Any) -> torch.Tensor:
+    """The hidden states, of all that a layer gives: the first tensor."""
+    found = next((tensor for _, tensor in tensors_in(outputs)), None)
+    if found is None:
+        raise CompressionError(f"A layer gives {type(outputs).__name__} without a tensor; exits are not offered.")
+    return found

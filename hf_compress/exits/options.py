@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from ..discover import Layer, discover
 from ..edits import CompressionError, shown
-from ..modules import width
-from ..probe import NoInputs, example_inputs, quiet_run
 from .criteria import CRITERIA, MOST_LABELS, check_criterion, check_threshold, is_number
 from .heads import POOLS
+from .places import find_places, what_heads_read
 
 logger = logging.get_logger(__name__)
 
@@ -35,19 +32,50 @@ def check_options(options: Mapping[str, Any]) -> dict[str, Any]:
     if set(options) != set(KEYS):
         wrong = sorted(map(str, set(options) ^ set(KEYS)))
         raise CompressionError(f"The options of exits are {', '.join(KEYS)}; missing or unknown: {', '.join(wrong)}.")
-    if not isinstance(options["stack"], str) or not options["stack"]:
-        raise CompressionError(f"'stack' is the path of a list of layers, got {shown(options['stack'])}.")
+    stack = options["stack"]
+    lists = isinstance(stack, list) and all(isinstance(layer, list) and layer for layer in stack)
+    named = [name for layer in stack for name in layer] if lists else [stack]
+    if not named or not all(isinstance(name, str) and name for name in named):
+        raise CompressionError(
+            f"'stack' is the path of a list of layers, or of each layer the paths of the modules it runs, got {shown(stack)}."
+        )
     after = check_after(options["after"])
     for name in ("num_labels", "hidden_size"):
         least = 2 if name == "num_labels" else 1
-        if type(options[name]) is not int or not least <= options[name] <= MOST_LABELS:
+        values = options[name] if name == "hidden_size" and isinstance(options[name], list) else [options[name]]
+        if not values or not all(type(value) is int and least <= value <= MOST_LABELS for value in values):
             raise CompressionError(f"{name!r} is a whole number from {least}, got {shown(options[name])}.")
-    check_pool(options["pool"])
+    for pool in options["pool"] if isinstance(options["pool"], list) and options["pool"] else [options["pool"]]:
+        check_pool(pool)
+    for name in ("hidden_size", "pool"):
+        if len(each_exit({**options, "after": after}, name)) != len(after):
+            raise CompressionError(
+                f"A list of {name!r} needs one for each of the {len(after)} exits, got {shown(options[name])}."
+            )
     criterion = check_criterion(options["criterion"])
     threshold = check_threshold(criterion, options["threshold"], options["num_labels"], len(after))
     check_training(options["distil"], options["temperature"], options["weights"], len(after))
     weights = options["weights"] if isinstance(options["weights"], str) else [float(w) for w in options["weights"]]
     return {**options, "after": after, "threshold": threshold, "weights": weights}
+
+
+def stack_names(stack: str | list[list[str]]) -> list[str]:
+    """The names of modules in the option `stack`."""
+    return [stack] if isinstance(stack, str) else [name for layer in stack for name in layer]
+
+
+def renamed_stack(stack: str | list[list[str]], name: Callable[[str], Any]) -> Any:
+    """The option `stack` under other names; None where one has none."""
+    if isinstance(stack, str):
+        return name(stack)
+    found = [[name(step) for step in layer] for layer in stack]
+    return found if all(step is not None for layer in found for step in layer) else None
+
+
+def each_exit(options: Mapping[str, Any], name: str) -> list[Any]:
+    """An option that may be given for all exits, or for each: one for each."""
+    value = options[name]
+    return value if isinstance(value, list) else [value] * len(options["after"])
 
 
 def check_after(after: Any) -> list[int]:
@@ -148,7 +176,7 @@ def resolve_exits(
     """Options for `attach_exits_`, for this model; everything that cannot work is refused here. The model is not changed.
 
     Args:
-        model (`PreTrainedModel`): a classifier of sequences or images whose layers lie in one stack.
+        model (`PreTrainedModel`): a classifier of sequences, images or sounds.
         after (`Sequence[int]`): layers that an exit sits after, from 0. The last has the model's own head and gets none.
         criterion (`str`, defaults to `"confidence"`): see `CRITERIA`.
         threshold (`float` or `list`, *optional*): for all exits, or one for each layer in `after`. By default
@@ -179,20 +207,8 @@ def resolve_exits(
     if config.num_labels < 2 or config.problem_type in ("regression", "multi_label_classification"):
         what = config.problem_type or f"num_labels={config.num_labels}"
         raise CompressionError(f"Exits need one class a row to be sure of; this {name} has {what}. Regression is not offered.")
-    stacks = discover(model).stacks
-    if len(stacks) != 1:
-        found = f"{len(stacks)} ({', '.join(stacks)})" if stacks else "none"
-        raise CompressionError(
-            f"Exits need one stack of layers of the same width; this {name} has {found}. Encoder-decoders and models with "
-            "stages (Swin, ConvNeXt) are not offered."
-        )
-    layers = next(iter(stacks.values()))
-    depth = len(layers)
-    told = getattr(config, "num_hidden_layers", depth)
-    if isinstance(told, int) and told > depth:
-        raise CompressionError(
-            f"{name} runs {depth} shared layer(s) {told} times (as ALBERT does); exits need layers of their own."
-        )
+    places = find_places(model, inputs)
+    depth = places.depth
     if chosen[-1] >= depth or chosen == [depth - 1]:
         raise CompressionError(
             f"Exits after layers {chosen}: this {name} has {depth} layers, so one can sit after layer 0 to {depth - 2} (the "
@@ -201,72 +217,17 @@ def resolve_exits(
     if chosen[-1] == depth - 1:
         chosen, threshold, weights = without_last(chosen, depth, threshold, weights)
         logger.warning(f"No exit is added after layer {depth - 1}, the last: the model's own head is there.")
+    pools, sizes = what_heads_read(places, chosen, pool)
     options = {
-        "stack": layers[0].path,
+        "stack": places.stack,
         "after": chosen,
         "num_labels": config.num_labels,
-        "hidden_size": _hidden_size(model, layers[0]),
-        "pool": POOLS[0] if pool is None else pool,
+        "hidden_size": sizes if len(set(sizes)) > 1 else sizes[0],
+        "pool": pools if len(set(pools)) > 1 else pools[0],
         "criterion": criterion,
         "threshold": CRITERIA[criterion].default(config.num_labels, len(chosen)) if threshold is None else threshold,
         "distil": distil,
         "temperature": temperature,
         "weights": weights if isinstance(weights, str) else list(weights),
     }
-    options = check_options(options)
-    return {**options, "pool": _run_once(model, layers, pool is None, inputs) or options["pool"]}
-
-
-def _hidden_size(model: nn.Module, layer: Layer) -> int:
-    structure = discover(model)
-    outs = [model.get_submodule(b.out) for b in (*structure.attentions, *structure.ffns) if b.out.startswith(f"{layer.name}.")]
-    return width(next(out for out in reversed(outs) if "weight" in out._parameters), 0)  # experts hold theirs in another way
-
-
-def _run_once(
-    model: PreTrainedModel, layers: tuple[Layer, ...], find_pool: bool, inputs: Mapping[str, Any] | None
-) -> str | None:
-    """Refuse a model that is no classifier of rows; tell what exits should read."""
-    given: dict[str, torch.Tensor] = {}
-
-    def tap(module: nn.Module, args: Any, outputs: Any) -> Any:
-        several = isinstance(outputs, tuple | list)
-        hidden = outputs[0] if several else outputs
-        given["hidden"] = hidden = hidden.detach().requires_grad_(find_pool)
-        return (hidden, *outputs[1:]) if several else hidden
-
-    name = type(model).__name__
-    handle = model.get_submodule(layers[-1].name).register_forward_hook(tap)
-    try:
-        batch = {k: v for k, v in (example_inputs(model) if inputs is None else inputs).items() if k != "labels"}
-        with quiet_run(model) as run, torch.inference_mode(False), torch.set_grad_enabled(find_pool):
-            outputs = run(batch)
-    except NoInputs:
-        raise
-    except Exception as error:  # a model may refuse an input in any way
-        raise NoInputs(
-            f"{name} does not run on small inputs ({type(error).__name__}: {error}); pass inputs=... (a batch that it runs on)."
-        ) from error
-    finally:
-        handle.remove()
-    hidden, logits = given.get("hidden"), getattr(outputs, "logits", None)
-    rows = next(v.shape[0] for v in batch.values() if isinstance(v, torch.Tensor) and v.ndim)
-    right = isinstance(logits, torch.Tensor) and logits.shape == (rows, model.config.num_labels)  # type: ignore[union-attr]
-    if not right or hidden is None or hidden.ndim != 3 or hidden.shape[0] != rows:
-        got = f"logits of shape {tuple(logits.shape)}" if isinstance(logits, torch.Tensor) else "no logits"
-        raise CompressionError(
-            f"Exits need a model that gives one row of {model.config.num_labels} class logits for each input, from layers that "
-            f"see (rows, tokens, width); {name} gives {got} for {rows} rows. Sequence and image classification are offered; "
-            "token classification, question answering, multiple choice and generation are not."
-        )
-    if not find_pool:
-        return None
-    try:
-        with torch.enable_grad():
-            (gradient,) = torch.autograd.grad(logits.float().square().sum(), hidden)  # type: ignore[union-attr]
-    except RuntimeError as error:
-        raise CompressionError(
-            f"Which token {name}'s head reads could not be found ({error}); say pool='first', 'mean' or 'last'."
-        ) from error
-    read = gradient.abs().sum(-1) > 0
-    return "last" if bool(read[:, -1].all()) and not bool(read[:, :-1].any()) else "mean"
+    return check_options(options)

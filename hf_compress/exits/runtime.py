@@ -21,7 +21,8 @@ from ..edits import CompressionError, shown
 from .criteria import check_criterion, check_threshold
 from .heads import ExitHead
 from .hooks import Exits, begin, end
-from .options import check_options
+from .leaving import Steps
+from .options import check_options, each_exit
 
 
 class _ExitingLayer:
@@ -31,13 +32,13 @@ class _ExitingLayer:
     """
 
     _exits: Exits
-    _exit_index: int
+    _exit_places: tuple[int, ...]  # where it stands among the steps of all layers: once, or each time that it runs
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         now = self._exits.now
         if now is None:
             return super().__call__(*args, **kwargs)  # type: ignore[misc]
-        return now.layer(self._exit_index, super().__call__, args, kwargs)  # type: ignore[misc]
+        return now.step(self._exit_places, super().__call__, args, kwargs)  # type: ignore[misc]
 
     def __reduce_ex__(self, protocol: Any) -> tuple:
         # this class is found under no name, so what is written is the class that it was made from
@@ -84,8 +85,9 @@ def attach_exits_(model: nn.Module, options: Mapping[str, Any]) -> None:
 
     Args:
         model (`nn.Module`): a transformers model for sequence or image classification.
-        options (`dict`): JSON-ready, as `resolve_exits` makes them: `stack`, `after`, `num_labels`, `hidden_size`, `pool`,
-            `criterion`, `threshold`, `distil`, `temperature`, `weights`.
+        options (`dict`): JSON-ready, as `resolve_exits` makes them: `stack` (the list of layers, or of each layer the modules
+            that it runs), `after`, `num_labels`, `hidden_size` and `pool` (for all exits, or one for each), `criterion`,
+            `threshold`, `distil`, `temperature`, `weights`.
 
     Raises:
         CompressionError: an option means nothing, a layer is not there, or the model has exits already.
@@ -110,22 +112,28 @@ def attach_exits_(model: nn.Module, options: Mapping[str, Any]) -> None:
     options = check_options(options)
     if "_exits" in model.__dict__ or hasattr(model, "exit_heads"):
         raise CompressionError(f"This {type(model).__name__} has exits already; detach_exits_(model) takes them off.")
-    layers = _stack(model, options)
-    first = next((p for p in layers.parameters() if p.is_floating_point()), None)
+    modules, steps = steps_of(model, options)
+    first = next((p for module in modules for p in module.parameters() if p.is_floating_point()), None)
     if first is None:
         raise CompressionError(f"{options['stack']!r} has no floating-point parameter that says which dtype its exits have.")
-    state = Exits(options, len(layers), tuple(inspect.signature(model.forward).parameters))
+    depth = len(steps.ends)
+    state = Exits(options, depth, steps, tuple(inspect.signature(model.forward).parameters))
+    sizes, pools = (each_exit(options, key) for key in ("hidden_size", "pool"))
     with torch.device(first.device):
-        heads = {str(i): ExitHead(options["hidden_size"], options["num_labels"], options["pool"]) for i in options["after"]}
+        heads = {
+            str(i): ExitHead(size, options["num_labels"], how)
+            for i, size, how in zip(options["after"], sizes, pools, strict=True)
+        }
     std = getattr(getattr(model, "config", None), "initializer_range", None) or 0.02
     for head in heads.values():
         nn.init.normal_(head.out.weight, std=std)
         nn.init.zeros_(head.out.bias)
     model.exit_heads = nn.ModuleDict(heads).to(first.dtype).train(model.training)
     model.__dict__["_exits"] = state
-    for index, layer in enumerate(layers):
-        layer.__dict__.update(_exits=state, _exit_index=index)
-        layer.__class__ = _exiting(type(layer))
+    for module in dict.fromkeys(modules):
+        places = tuple(place for place, other in enumerate(modules) if other is module)
+        module.__dict__.update(_exits=state, _exit_places=places)
+        module.__class__ = _exiting(type(module))
     model.register_forward_pre_hook(begin, with_kwargs=True)
     model.register_forward_hook(end, with_kwargs=True, always_call=True)
 
@@ -164,7 +172,7 @@ def detach_exits_(model: nn.Module) -> None:
     for layer in model.modules():
         if layer.__dict__.get("_exits") is state and type(layer) in PLAIN:
             layer.__class__ = PLAIN[type(layer)]
-            del layer.__dict__["_exits"], layer.__dict__["_exit_index"]
+            del layer.__dict__["_exits"], layer.__dict__["_exit_places"]
     del model.__dict__["_exits"], model.exit_heads
     # by function: the handles of a copied model refer to the original's hooks
     for hooks, name in ((model._forward_pre_hooks, "_forward_pre_hooks"), (model._forward_hooks, "_forward_hooks")):
@@ -176,23 +184,45 @@ def detach_exits_(model: nn.Module) -> None:
         changed(model)
 
 
-def _stack(model: nn.Module, options: Mapping[str, Any]) -> nn.ModuleList:
-    try:
-        layers = model.get_submodule(options["stack"])
-    except AttributeError:
-        layers = None
-    if not isinstance(layers, nn.ModuleList) or not len(layers):
+def steps_of(model: nn.Module, options: Mapping[str, Any]) -> tuple[list[nn.Module], Steps]:
+    """The modules that the layers run, one for each step; what is known of them as steps.
+
+    Raises:
+        CompressionError: they are not in this model, or are too few.
+    """
+    stack, last = options["stack"], options["after"][-1]
+    if isinstance(stack, str):
+        try:
+            layers = model.get_submodule(stack)
+        except AttributeError:
+            layers = None
+        if not isinstance(layers, nn.ModuleList) or not len(layers):
+            raise CompressionError(
+                f"{stack!r} is no list of layers in this {type(model).__name__}; discover(model) prints its stacks."
+            )
+        if len({id(layer) for layer in layers}) != len(layers):
+            raise CompressionError(f"Layers of {stack!r} are shared; an exit would sit after several of them.")
+        modules, steps = list(layers), Steps([""] * len(layers), {i: i for i in range(len(layers))})
+    else:
+        names = [name for layer in stack for name in layer]
+        known = dict(model.named_modules())
+        missing = next((name for name in names if name not in known), None)
+        if missing is not None:
+            raise CompressionError(
+                f"{missing!r}, a part of a layer that exits were to sit after, is not in this {type(model).__name__}."
+            )
+        modules, at = [known[name] for name in names], -1
+        steps = Steps(names, {(at := at + len(layer)): i for i, layer in enumerate(stack)})
+    if last >= len(steps.ends) - 1:
         raise CompressionError(
-            f"{options['stack']!r} is no list of layers in this {type(model).__name__}; discover(model) prints its stacks."
+            f"Exits after layers {options['after']}: {_shown(stack)} has {len(steps.ends)} layers, so an exit can sit after "
+            f"layer 0 to {len(steps.ends) - 2} (the last layer has the model's own head)."
         )
-    if len({id(layer) for layer in layers}) != len(layers):
-        raise CompressionError(f"Layers of {options['stack']!r} are shared; an exit would sit after several of them.")
-    if options["after"][-1] >= len(layers) - 1:
-        raise CompressionError(
-            f"Exits after layers {options['after']}: {options['stack']!r} has {len(layers)} layers, so an exit can sit after "
-            f"layer 0 to {len(layers) - 2} (the last layer has the model's own head)."
-        )
-    return layers
+    return modules, steps
+
+
+def _shown(stack: Any) -> str:
+    return repr(stack) if isinstance(stack, str) else f"the model ({stack[0][-1]} to {stack[-1][-1]})"
 
 
 # --- read and change ---------------------------------------------------------------------------------------------

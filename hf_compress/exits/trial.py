@@ -9,43 +9,48 @@ import torch
 from torch import nn
 
 from ..edits import CompressionError
-from ..probe import difference, example_inputs, quiet_run, tolerance
+from ..probe import difference, quiet_run, tolerance
+from .places import longer_batch, rows_of, small_batch
 from .runtime import exit_layers, exits_off
 
 
 def try_exits(model: nn.Module, options: Mapping[str, Any], inputs: Mapping[str, Any] | None) -> None:
     """Refuse a model whose layers cannot run on fewer rows: they hand on more than hidden states, say.
 
-    On a small batch, the first exit is made sure of the first row alone. It must leave there, and the other rows must come out
-    as if it had stayed.
+    On a small batch exits are made sure of some rows: the first of one row, then the last of another too, then the first of
+    all. These must leave there, with what the exit says, and the other rows must come out as if they had stayed.
     """
     name = type(model).__name__
-    batch: dict[str, Any] = dict(example_inputs(model) if inputs is None else inputs)
-    batch.pop("labels", None)
-    batch = {k: torch.cat([v, v[:1]]) if isinstance(v, torch.Tensor) and v.ndim else v for k, v in batch.items()}
-    head: Any = model.exit_heads[str(options["after"][0])]  # type: ignore[index]
-    later: list[Any] = [model.exit_heads[str(i)] for i in options["after"][1:]]  # type: ignore[index]
-    undecided = torch.zeros(options["num_labels"])
+    batch = small_batch(model, inputs)
+    batch = longer_batch(model, batch)
+    rows = rows_of(model, batch)
+    after, state = options["after"], model.__dict__["_exits"]
+    sure: dict[int, set[int]] = {}  # which rows each exit is sure of
 
-    def sure_of_one(module: nn.Module, args: Any, logits: torch.Tensor) -> torch.Tensor:
-        found = undecided.to(logits).repeat(len(logits), 1)
-        found[0, 0] = 1e4
-        return found
+    def say(index: int) -> Any:
+        def hook(module: nn.Module, args: Any, logits: torch.Tensor) -> torch.Tensor:
+            there = range(len(logits)) if state.now.rows is None else state.now.rows.tolist()
+            found = torch.zeros_like(logits)
+            found[:, 0] = torch.tensor([1e4 * (row in sure.get(index, ())) for row in there]).to(logits)
+            return found
 
-    def unsure(module: nn.Module, args: Any, logits: torch.Tensor) -> torch.Tensor:
-        return undecided.to(logits).repeat(len(logits), 1)
+        return hook
 
-    state = model.__dict__["_exits"]
+    heads: Any = model.exit_heads
     before = state.options, state.enabled
-    hooks = [head.register_forward_hook(sure_of_one), *(h.register_forward_hook(unsure) for h in later)]
+    hooks = [heads[str(index)].register_forward_hook(say(index)) for index in after]
     state.options = {**state.options, "criterion": "confidence", "threshold": 0.999}
     state.enabled = True
+    # one row leaves at the first exit; one at each end; all at the first
+    cases = [{after[0]: {0}}, {after[0]: {0}, after[-1]: {1}}, {after[0]: set(range(rows))}]
     try:
         with quiet_run(model, exits=True) as run:
             with exits_off(model):
                 expected = run(batch).logits
-            got = run(batch).logits
-            left = exit_layers(model).tolist()
+            for case in cases if rows > 2 else (cases[0], cases[2]):
+                sure = case
+                got = run(batch).logits
+                _compare(name, expected, got, case, exit_layers(model).tolist())
     except CompressionError as error:
         raise CompressionError(f"Exits cannot work in this {name}, so none were added: {error}") from error
     except Exception as error:  # whatever a model does when rows are missing
@@ -57,9 +62,17 @@ def try_exits(model: nn.Module, options: Mapping[str, Any], inputs: Mapping[str,
         state.options, state.enabled = before
         for hook in hooks:
             hook.remove()
-    worst = difference(expected[1:], got[1:])
-    if left[0] != options["after"][0] or any(i == left[0] for i in left[1:]) or worst > 10 * tolerance(expected.dtype):
+
+
+def _compare(name: str, expected: torch.Tensor, got: torch.Tensor, sure: Mapping[int, set[int]], left: list[int]) -> None:
+    """Rows left where they were to, with what the exit said; the others came out as if none had."""
+    where = {row: index for index, leaving in sure.items() for row in leaving}
+    stay = [row for row in range(len(left)) if row not in where]
+    worst = difference(expected[stay], got[stay])
+    if worst > 10 * tolerance(expected.dtype):
         raise CompressionError(
-            f"Exits cannot work in this {name}, so none were added: when one row leaves, the others come out otherwise (by "
-            f"{worst:.1e} of the largest value)."
+            f"when {len(where)} of {len(left)} rows leave, the others come out otherwise (by {worst:.1e} of the largest value)."
         )
+    said = all(got[row, 0] > 1e3 and not got[row, 1:].any() for row in where)
+    if not said or any(left[row] != index for row, index in where.items()) or any(left[row] in sure for row in stay):
+        raise CompressionError(f"rows leave elsewhere than where an exit is sure of them (after layers {left}).")

@@ -246,13 +246,15 @@ def _exits(model: Any, dense: Any, plan: hc.Plan, inputs: Any, loader: Loader, p
     _survives(model, outputs_of(model, batch), batch, loader, plain, details)
     hidden: list[torch.Tensor] = []
     options: Any = hc.exit_options(model)
-    stack = next(
-        s for s in hc.discover(dense).stacks.values() if s[0].path == options["stack"] or s[0].stack == options["stack"]
-    )
-    for layer in stack:
-        module = model.get_submodule(layer.name)
+    layers = options["stack"]
+    if isinstance(layers, str):
+        stack = next(s for s in hc.discover(dense).stacks.values() if layers in (s[0].path, s[0].stack))
+        layers = [[layer.name] for layer in stack]
+    for name in dict.fromkeys(name for layer in layers for name in layer):
+        module = model.get_submodule(name)
         module.register_forward_pre_hook(lambda m, a, k: hidden.append(a[0] if a else k["hidden_states"]), with_kwargs=True)
     outputs_of(model, batch)
+    details["layers"], details["ran"] = len(layers), len(hidden)
     details["rows in each layer"] = [t.shape[0] if t.numel() else 0 for t in hidden]
     if any(details["rows in each layer"][1:]):
         raise Wrong(f"rows that are all sure go on: {details['rows in each layer']}")
