@@ -50,9 +50,9 @@ def channels_(
             raise CompressionError(f"{masked[0]!r} is masked; remove that mask first (Mask.remove()), then cut channels.")
         gates = removal.gates
         try:
-            _prove_structure(model, removal, gates, inputs, what, _draw_anew)
-        except CompressionError:  # signals may explode (DAC's residuals without norms), and rounding with them
-            _prove_structure(model, removal, gates, inputs, what, randomize)
+            _prove_structure(model, removal, gates, inputs, what, randomize, 10 * tolerance(torch.float32))
+        except CompressionError:  # under which nothing may show: drawn at full size, at which VITS would speak for hours
+            _prove_structure(model, removal, gates, inputs, what, _draw_anew, 0.0)
         with _masked(model, gates):
             expected = tensors_in(run())
         record = removal.cut_(model, undo)
@@ -81,7 +81,9 @@ def _prove_structure(
     inputs: Mapping[str, Any] | None,
     what: str,
     draw: Callable[[nn.Module, int], None],
+    least: float,
 ) -> None:
+    """`least`: how much of an output the mask must change, so that a wrong cut would show."""
     if inputs is not None:
         inputs = map_tensors(dict(inputs), lambda t: t.float() if t.is_floating_point() else t)
     double = copy.deepcopy(model).float().requires_grad_(False)
@@ -91,7 +93,7 @@ def _prove_structure(
             plain = tensors_in(run())
             with _masked(double, gates):
                 expected = tensors_in(run())
-            if any(difference(a, b) > 0 for (_, a), (_, b) in zip(plain, expected, strict=True)):
+            if any(difference(a, b) > least for (_, a), (_, b) in zip(plain, expected, strict=True)):
                 break
         else:
             raise CompressionError(

@@ -49,6 +49,7 @@ def _loaded(
     model: PreTrainedModel, there: Mapping[str, torch.Tensor], here: Mapping[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
     """The weights under the names, and in the shapes, that `from_pretrained` gives them."""
+    assert get_model_conversion_mapping is not None
     mapping: list[Any] = getattr(model, "_weight_conversions", None) or get_model_conversion_mapping(model)
     renamings = [copy.deepcopy(entry) for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
