@@ -16,8 +16,8 @@ from .edits import CompressionError, KeepChannels
 from .masking import Mask
 from .modules import is_gated
 from .probe import difference, map_tensors, probing, tensors_in, tolerance
-from .prove import randomize
 from .resolve import Resolved
+from .structural import randomize
 
 DRAWS = 3  # few weights drawn anew may leave all that goes dead (behind a ReLU, say)
 
