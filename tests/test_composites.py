@@ -11,6 +11,7 @@ from hf_compress.loader import compression_of
 from hf_compress.parts import parts_in
 from hf_compress.probe import tensors_in
 from tests.composites import COMPOSITES, FROM_WHOLE, SIGHT, WORDS, build_composite
+from tests.sweep.build import build as build_tiny
 from tests.zoo import GPT2, build, ids, outputs, pixels, random_plan
 
 LONG_AUDIO = "audio_model"  # CLAP's audio part is a Swin
@@ -245,3 +246,14 @@ def test_a_base_model_is_cut_again_under_its_own_names(family, base, tmp_path):
     loaded = getattr(T, base).from_pretrained(tmp_path / "task").eval()
     hc.apply_(loaded, random_plan(loaded, ("neurons",), seed=4)).save_pretrained(tmp_path / "base")
     assert torch.equal(outputs(type(loaded).from_pretrained(tmp_path / "base").eval(), batch), outputs(loaded, batch))
+
+
+@pytest.mark.skipif(not hasattr(T, "Tipsv2DptForSemanticSegmentation"), reason="this transformers has no TIPSv2")
+def test_what_is_changed_beside_the_parts_alone_belongs_to_the_whole(tmp_path, fresh):
+    """A neck's convolutions are of no part; the record of the backbone, whose name is the prefix, says the same as the whole's."""
+    model, batch, _ = build_tiny("tipsv2_dpt", "Tipsv2DptForSemanticSegmentation")
+    hc.apply_(model, hc.Plan([hc.DepthwiseSeparable(f"neck.convs.{i}") for i in range(4)]))
+    with torch.no_grad():
+        expected = model(**batch).logits
+    model.save_pretrained(tmp_path)
+    assert torch.equal(fresh.outputs(type(model).__name__, tmp_path, batch)["logits"], expected)

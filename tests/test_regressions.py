@@ -96,10 +96,14 @@ def test_two_blocks_of_one_layer_have_two_names():
 
 
 def test_a_mask_that_could_not_work_is_not_offered():
-    """WavLM hands the weights of its output projection to torch, so a gate on the projection would never run."""
-    model = T.WavLMModel(T.WavLMConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=96))
+    """torch's own attention module (SigLIP's pooling) hands its weights to a function: a gate on a projection would never run."""
+    config = T.SiglipVisionConfig(
+        hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, image_size=32, patch_size=8
+    )
+    model = T.SiglipVisionModel(config)
+    assert any(isinstance(module, torch.nn.MultiheadAttention) for module in model.modules())
     structure = hc.discover(model)
-    assert not structure.attentions and len(structure.ffns) == 2
+    assert len(structure.attentions) == 2 and not any("head" in a.name.split(".") for a in structure.attentions)
 
 
 def test_forwards_that_name_their_full_width_are_cut_too():
