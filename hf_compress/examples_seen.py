@@ -103,6 +103,9 @@ def _image(asked: Any) -> tuple[int, int, int]:
     )  # LayoutLMv3
     if asked.config.model_type == "tvp":
         size = asked.config.max_img_size
+    timm = getattr(getattr(asked.model, "timm_model", None), "default_cfg", None) or {}
+    if timm.get("fixed_input_size"):  # a ViT of timm's, which no config of transformers describes
+        channels, *size = timm["input_size"]
     return int(channels) if isinstance(channels, int) else 3, *_square(size)
 
 
