@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -43,6 +43,16 @@ def come_back(model: PreTrainedModel) -> bool:
     return all(name in back or name in tied for name in here) and all(
         back[name].shape == tensor.shape for name, tensor in here.items() if name in back
     )
+
+
+def name_(model: PreTrainedModel, conversions: list | None, undo: list[Callable[[], None]] | None = None) -> None:
+    """Let a model and those inside of it be saved with these conversions: none (`[]`), or transformers' own (`None`)."""
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            before = vars(module).get("_weight_conversions")
+            if undo is not None:
+                undo.append(lambda m=module, b=before: setattr(m, "_weight_conversions", b))
+            module._weight_conversions = conversions  # type: ignore[assignment]
 
 
 def _loaded(

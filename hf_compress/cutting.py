@@ -316,6 +316,7 @@ def _select(
 ) -> None:
     """Let a module use, or give, only what belongs to the heads that stay (`heads.select_heads_`)."""
     before, config, kind = getattr(module, "hfc_heads", None), getattr(module, "config", None), type(module)
+    named = getattr(module, "hfc_arguments", None)
     hooks: list[tuple[Any, dict[Any, Any]]] = [
         (kept, dict(kept))
         for kept in (
@@ -331,10 +332,10 @@ def _select(
         for kept, was in hooks:
             kept.clear()
             kept.update(was)
-        if before is None:
-            del module.hfc_heads
-        else:
-            module.hfc_heads = before
+        for attribute, value in (("hfc_heads", before), ("hfc_arguments", named)):
+            module.__dict__.pop(attribute, None)
+            if value is not None:
+                setattr(module, attribute, value)
 
     undo.append(restore)
     if how == "output" and before is not None:  # what an earlier cut left out stays out

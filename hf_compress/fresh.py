@@ -11,9 +11,10 @@ from torch import nn
 from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 
 from .caches import host_caches_
+from .conversions import name_
 from .edits import CompressionError
 from .kinds import SEPARABLE
-from .layout import finish_replayed, replay_, with_numbers
+from .layout import OWN, finish_replayed, replay_, with_numbers
 from .loader import HfCompressConfig, host_quantized_, of_a_part, of_the_whole, record_in
 from .modules import LowRankLinear
 from .parts import stamp_parts_
@@ -86,6 +87,8 @@ def from_config(config: PreTrainedConfig, auto_class: Any = None, **kwargs: Any)
     stamp_parts_(model, model.config.quantization_config, [])
     host_quantized_(model)
     host_caches_(model, record)
+    if layout.get("names") == OWN:
+        name_(model, [])
     return model
 
 

@@ -228,7 +228,8 @@ def _choose_input(module: Any, args: tuple) -> tuple:
 
 def spread_width(module: Any) -> int | None:
     """How many inputs a projection is given where it chooses from them (`select_heads_`, "input"); None where it takes all."""
-    named = getattr(module, "hfc_arguments", None) or [("", 0, 0)]
+    named = getattr(module, "hfc_arguments", None) if hasattr(module, "hfc_heads") else None
+    named = named or [("", 0, 0)]
     return named[0][2] if named[0][0] == "input" else None
 
 

@@ -329,19 +329,26 @@ def check(layout: Any) -> Layout:
         heads = entry.get("heads")
         if heads is not None and (
             heads.get("how") not in HOW
-            or not isinstance(heads.get("keep"), list | str)
-            or not all(type(h) is int and h >= 0 for h in heads["keep"] if isinstance(heads["keep"], list))
+            or not isinstance(heads.get("arguments", []), list)
             or not all(map(_is_argument, heads.get("arguments", [])))
-            or (heads["how"] in ("spread", "input") and not _is_spread(heads))
+            or not (_is_spread if heads["how"] in ("spread", "input") else _is_chosen)(heads)
         ):
             raise CompressionError(f"The layout selects heads {heads!r} in {name!r}; a list of indices was expected.")
     return layout
 
 
 def _is_spread(heads: dict[str, Any]) -> bool:
-    """Whether every column that stays is one of the full width."""
-    arguments, kept = heads.get("arguments", []), heads["keep"]
-    return len(arguments) == 1 and isinstance(kept, str) and max(from_spans(kept), default=-1) < arguments[0][2]
+    """Whether what stays are columns of the full width, each once, in their order."""
+    arguments, kept = heads.get("arguments", []), heads.get("keep")
+    if len(arguments) != 1 or arguments[0][0] != heads["how"] or not isinstance(kept, str):
+        return False
+    columns = list(from_spans(kept))
+    return bool(columns) and columns == sorted(set(columns)) and 0 <= columns[0] and columns[-1] < arguments[0][2]
+
+
+def _is_chosen(heads: dict[str, Any]) -> bool:
+    kept = heads.get("keep")
+    return isinstance(kept, list) and all(type(head) is int and head >= 0 for head in kept)
 
 
 def _is_argument(argument: Any) -> bool:

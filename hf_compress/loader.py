@@ -25,6 +25,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .caches import host_caches_
+from .conversions import name_
 from .edits import CompressionError
 from .inner import around, check_inner
 from .layout import OWN, check, finder, finish_replayed, replay_
@@ -261,6 +262,8 @@ class HfCompressQuantizer(HfQuantizer):
             model.__dict__.pop(name, None)
         host_quantized_(model)
         host_caches_(model, self.quantization_config)
+        if self.quantization_config.layout.get("names") == OWN:
+            name_(model, [])  # parts that are saved by themselves too
         return model
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .caches import host_caches_
-from .conversions import come_back
+from .conversions import come_back, name_
 from .cutting import Undo
 from .discover import discover
 from .edits import AddExits, CompressionError
@@ -86,7 +86,7 @@ def write_record(
     if stock is not None:
         config.__dict__.pop("quantization_config", None)
         if layout.get("names") == OWN:
-            owner._weight_conversions = None  # type: ignore[assignment]
+            name_(owner, None, undo)
         stamp_parts_(owner, None, undo)
         parts = dict(config_parts(owner))
         for key, value in stock.items():
@@ -113,9 +113,7 @@ def _name(owner: PreTrainedModel, layout: dict, undo: Undo) -> None:
     """Weights whose names on disk would not lead back are saved under the names that they have here; loaders are told."""
     if layout.get("names") == OWN or not come_back(owner):
         layout["names"] = OWN
-        conversions = vars(owner).get("_weight_conversions")
-        undo.append(lambda: setattr(owner, "_weight_conversions", conversions))
-        owner._weight_conversions = []  # type: ignore[assignment]
+        name_(owner, [], undo)
 
 
 def _record_layers(

@@ -61,3 +61,17 @@ def test_stock_names_are_kept_where_they_lead_back(tmp_path):
     assert "names" not in model.config.quantization_config.layout
     model.save_pretrained(tmp_path)
     assert any(name.endswith("experts.0.w1.weight") for name in stored(tmp_path))
+
+
+@needs("Inkling2ForCausalLM")
+def test_what_is_made_of_a_record_is_saved_alike(tmp_path):
+    """A model that is built from the config, and the base model alone."""
+    model, inputs, _ = build("inkling2_text")
+    hc.apply_(model, plan_for("LowRank", model))
+    built = hc.from_config(model.config)
+    built.save_pretrained(tmp_path / "built")
+    loaded = type(built).from_pretrained(tmp_path / "built")
+    assert all(torch.equal(a, b) for a, b in zip(built.state_dict().values(), loaded.state_dict().values(), strict=True))
+    model.model.save_pretrained(tmp_path / "base")
+    base = transformers.AutoModel.from_pretrained(tmp_path / "base").eval()
+    assert torch.equal(base(**inputs).last_hidden_state, model.model(**inputs).last_hidden_state)

@@ -134,6 +134,11 @@ def test_heads_of_experts_share_their_keys():
         {"how": "input", "keep": [0, 1], "arguments": [["input", 0, 64]]},  # the form of other kinds
         {"how": "spread", "keep": "0-3"},
         {"how": "spread", "keep": "3-", "arguments": [["spread", 0, 64]]},
+        {"how": "spread", "keep": "1 1 2", "arguments": [["spread", 0, 64]]},
+        {"how": "spread", "keep": "", "arguments": [["spread", 0, 64]]},
+        {"how": "spread", "keep": "0-3", "arguments": [["input", 0, 64]]},
+        {"how": "spread", "keep": "0-3", "arguments": None},
+        {"how": "interface", "keep": "0-3"},
     ],
 )
 def test_what_no_version_writes_is_refused(heads):
@@ -229,3 +234,13 @@ def test_attention_of_some_heads_is_torchs():
         keep, x, x, x, width, heads, None, b_few, None, None, False, 0.0, out[:, columns], bias, False, **common, **few
     )
     assert torch.allclose(some, whole, atol=1e-5) and torch.allclose(shares.sum(-1), torch.ones(rows, length), atol=1e-6)
+
+
+def test_what_is_taken_back_leaves_nothing_behind(monkeypatch):
+    """A cut that is stopped half-way: the projections that chose their inputs choose no more."""
+    model, _, _ = build("codegen")
+    before = {name: dict(vars(module)) for name, module in model.named_modules()}
+    monkeypatch.setattr("hf_compress.surgery.stamp_", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        hc.apply_(model, hc.Plan([hc.KeepHeads("transformer.h.0.attn", [0, 1, 3])]))
+    assert {name: set(vars(module)) for name, module in model.named_modules()} == {n: set(v) for n, v in before.items()}

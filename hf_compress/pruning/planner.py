@@ -25,6 +25,7 @@ from .select import (
     count_units,
     fold,
     fold_mean,
+    nothing_to_choose,
     plan_of,
     select,
     trial_plan,
@@ -111,7 +112,7 @@ def plan_pruning(
         raise CompressionError("The model is on the meta device and has no weights to score; load it first.")
     for fraction, blocks, what in ((heads, structure.attentions, "heads"), (neurons, structure.own_ffns, "neurons")):
         if fraction and not blocks:
-            raise CompressionError(f"{type(model).__name__} has no {what} that can be cut; see discover(model).")
+            raise CompressionError(nothing_to_choose(model, structure, what))
     wanted: list[Block] = [*(structure.attentions if heads else ()), *(structure.own_ffns if neurons else ())]
     cut_channels: list[KeepChannels] = []
     if channels:

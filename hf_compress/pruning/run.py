@@ -32,6 +32,7 @@ from .select import (
     count_units,
     fold,
     fold_mean,
+    nothing_to_choose,
     plan_of,
     select,
     trial_plan,
@@ -62,7 +63,7 @@ class PruningRun:
         ]
         for what, blocks in (("heads", self.structure.attentions), ("neurons", self.structure.own_ffns)):
             if options[what] and not blocks:
-                raise CompressionError(f"{type(model).__name__} has no {what} that can be cut; see discover(model).")
+                raise CompressionError(nothing_to_choose(model, self.structure, what))
         self.outs = {block.name: model.get_submodule(block.out) for block in self.blocks}
         self.consumers = {block.name: block.consumer for block in self.blocks}
         check_measurable(model, self.blocks, options["score"])

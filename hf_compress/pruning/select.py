@@ -22,6 +22,17 @@ logger = logging.get_logger(__name__)
 SCOPES = ("global", "layer")
 
 
+def nothing_to_choose(model: nn.Module, structure: Structure, what: str) -> str:
+    """What to say where planners find no heads or no neurons to choose from."""
+    twins = [ffn.name for ffn in structure.ffns if ffn.twins]
+    if what == "neurons" and twins:
+        return (
+            f"The only neurons of this {type(model).__name__} are in weights that several modules share ({twins[0]!r}); a "
+            "planner leaves those alone. Name what stays: KeepNeurons."
+        )
+    return f"{type(model).__name__} has no {what} that can be cut; see discover(model)."
+
+
 def check_options(
     heads: float, neurons: float, score: str, scope: str, round_to: int, uniform: bool, channels: float = 0.0
 ) -> None:
