@@ -125,7 +125,7 @@ def render(data: Data) -> str:
         "only training uses) is compared by itself, on inputs of its own. For edits that replace modules, the float form with the same",
         "weights is what is compared.",
         "",
-        "This page is rendered: `python -m tests.sweep` makes it again (about twenty minutes on two cores), and",
+        "This page is rendered: `python -m tests.sweep` makes it again (about half an hour on two cores), and",
         "`python -m tests.sweep --render` renders it from `docs/families.json`.",
         "",
         f"State of the code and versions: {data['conditions']['state']}. "
