@@ -8,10 +8,10 @@ import torch
 import transformers as T
 
 import hf_compress as hc
-from hf_compress.exits import check_options, exit_options, exits_off, resolve_exits, set_exits_
+from hf_compress.exits import check_options, collect_exits, exit_options, exits_off, resolve_exits, set_exits_, take_exit_losses
 from hf_compress.exits.chain import _through
 from hf_compress.probe import example_inputs
-from tests.exiting import all_logits, expected, halves, run, spread_heads
+from tests.exiting import all_logits, expected, halves, run, spread_heads, without_dropout
 from tests.sweep.build import build
 from tests.trainers import trainer
 from tests.zoo import TEXT
@@ -266,3 +266,59 @@ def test_what_cannot_have_exits_says_why():
         hc.apply_(model, hc.Plan([hc.KeepChannels(group.name, range(group.size - 1))]))
     with exits_off(model):
         assert run(model, example_inputs(model)).logits.shape == (2, 2)
+
+
+def test_layers_that_are_dropped_at_random_leave_the_joint_loss():
+    """What was reached is counted by layer, and weighs one together; exits that were not reached learn nothing."""
+    config = T.Wav2Vec2Config(
+        vocab_size=20, hidden_size=16, num_hidden_layers=4, num_attention_heads=2, intermediate_size=16, conv_dim=(8, 8),
+        conv_stride=(4, 4), conv_kernel=(4, 4), num_feat_extract_layers=2, num_conv_pos_embeddings=4, layerdrop=0.5,
+        num_conv_pos_embedding_groups=2, mask_time_prob=0.0, num_labels=3, classifier_proj_size=8,
+        hidden_dropout=0.0, attention_dropout=0.0, activation_dropout=0.0, feat_proj_dropout=0.0, final_dropout=0.0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = T.Wav2Vec2ForSequenceClassification(config).eval()
+    hc.apply_(model, hc.Plan([hc.AddExits([0, 2], weights=(1.0, 2.0, 3.0))]))
+    spread_heads(model)
+    said, labels, cases, sums = {}, torch.tensor([0, 1, 2, 0]), set(), [[], []]
+    for index, head in model.exit_heads.items():
+        head.register_forward_hook(lambda m, args, out, index=index: said.__setitem__(int(index), out.detach()))
+    model.train()
+    for seed in range(12):
+        said.clear()
+        model.zero_grad()
+        torch.manual_seed(seed)
+        np.random.seed(seed)
+        out = model(torch.randn(4, 800), labels=labels)
+        ce = {i: torch.nn.functional.cross_entropy(x.double(), labels).item() for i, x in {**said, 3: out.logits.detach()}.items()}
+        weights = {i: w for i, w in {0: 1, 2: 2, 3: 3}.items() if i in ce}
+        assert out.loss.item() == pytest.approx(sum(w * ce[i] for i, w in weights.items()) / sum(weights.values()), rel=1e-4)
+        out.loss.backward()
+        assert {int(i) for i, head in model.exit_heads.items() if head.out.weight.grad is not None} == set(said)
+        cases.add(tuple(said))
+        for k, i in enumerate((0, 2)):
+            sums[k] += [ce[i]] if i in said else []
+    assert cases == {(), (0,), (2,), (0, 2)}
+    seen = take_exit_losses(model)
+    for k, i in enumerate((0, 2)):
+        assert seen[f"exit_loss_{i}"].item() == pytest.approx(np.mean(sums[k]), rel=1e-4)
+    with pytest.raises(hc.CompressionError, match="did not run"), collect_exits(model):
+        for _ in range(20):
+            model(torch.randn(4, 800))
+
+
+def test_an_encoder_that_does_not_run_has_no_exits_in_the_loss():
+    model, batch = built("bart")
+    hc.apply_(model, hc.Plan([hc.AddExits([1, 4], weights=(1.0, 2.0, 3.0))]))
+    spread_heads(model)
+    labels = torch.arange(6) % 2
+    ce = [torch.nn.functional.cross_entropy(one, labels).item() for one in all_logits(model, batch)]
+    with torch.no_grad(), exits_off(model):
+        encoded = model.model.encoder(batch["input_ids"])[0]
+    for module in without_dropout(model).train().modules():
+        for name in {"dropout", "activation_dropout"} & module.__dict__.keys():
+            setattr(module, name, 0.0)
+    for more, wanted in (({}, (ce[0] + 2 * ce[1] + 3 * ce[2]) / 6), ({"encoder_outputs": (encoded,)}, (2 * ce[1] + 3 * ce[2]) / 5)):
+        assert model(**batch, **more, labels=labels).loss.item() == pytest.approx(wanted, rel=1e-4)
+    seen = take_exit_losses(model)
+    np.testing.assert_allclose([v.item() for v in seen.values()], ce, rtol=1e-4)

@@ -157,12 +157,14 @@ class EarlyExitCallback(TrainerCallback):
         if self._joined or self.model is None:
             return
         heads: Any = self.model.exit_heads
-        if any(p.requires_grad and p.grad is None for p in heads.parameters()):
+        reached = self.model.__dict__["_exits"].reached  # a model may drop layers at random
+        expected = heads.values() if reached is None else [heads[str(index)] for index in reached]
+        if any(p.requires_grad and p.grad is None for head in expected for p in head.parameters()):
             raise CompressionError(
                 "No loss reached the exits; nothing was trained yet. The model must be given labels, and its own loss must be "
                 "in what is minimised: a Trainer whose compute_loss leaves it out (or weighs it with 0) cannot train exits."
             )
-        self._joined = True
+        self._joined = bool(expected)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if self.model is None or "loss" not in (logs or {}):

@@ -14,7 +14,7 @@ from ..edits import CompressionError
 from .criteria import CRITERIA
 from .heads import tokens_to_read
 from .leaving import Pass, Steps
-from .losses import IGNORED, class_labels, cross_entropies, exit_weights, self_distillation, uses_num_items
+from .losses import IGNORED, class_labels, cross_entropies, reached_weights, self_distillation, uses_num_items
 
 logger = logging.get_logger(__name__)
 
@@ -33,8 +33,9 @@ class Exits:
         self.collected: list[torch.Tensor] | None = None
         self.uses_num_items: bool | None = None
         self.loss_checked = False
+        self.reached: set[int] | None = None  # layers whose exits were in a joint loss; None where there was none
         self.loss_sum: torch.Tensor | None = None
-        self.loss_count: Any = 0  # batches that had labels; a tensor, to wait for no device
+        self.loss_count: Any = 0  # of each exit, batches that had labels; a tensor, to wait for no device
 
 
 def _named(state: Exits, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -122,12 +123,20 @@ def end(model: nn.Module, args: tuple, kwargs: dict[str, Any], outputs: Any) -> 
     if now is None:
         return None
     if not now.leaves:
-        every = torch.stack([*now.logits, logits.to(now.logits[0].dtype)])
+        # some may not have been reached: layers that are dropped at random, an encoder whose outputs are given
+        reached = [*now.logits.values()]
+        every = torch.stack([*reached, logits.to(reached[0].dtype if reached else logits.dtype)])
         if state.collected is not None:
+            missed = [index for index in state.options["after"] if index not in now.logits]
+            if missed:
+                raise CompressionError(
+                    f"The logits of all exits were asked for, and layers {missed} did not run in this forward: encoder_outputs "
+                    "were given, or layers were dropped at random (model.eval() runs all)."
+                )
             state.collected.append(every.detach())
         if labels is None or not model.training:
             return None
-        return _with(outputs, loss_at, _joint_loss(state, every, outputs[loss_at], labels, kwargs))
+        return _with(outputs, loss_at, _joint_loss(state, list(now.logits), every, outputs[loss_at], labels, kwargs))
     if not now.gone:
         return None
     outputs = _without_cache(outputs)
@@ -160,19 +169,25 @@ def _with(outputs: Any, place: Any, value: torch.Tensor) -> Any:
     return outputs
 
 
-def _joint_loss(state: Exits, every: torch.Tensor, loss: torch.Tensor, labels: Any, kwargs: Mapping[str, Any]) -> torch.Tensor:
+def _joint_loss(
+    state: Exits, reached: list[int], every: torch.Tensor, loss: torch.Tensor, labels: Any, kwargs: Mapping[str, Any]
+) -> torch.Tensor:
+    """The weighted mean over the exits after the layers `reached`, and the final layer: (reached + 1, rows, C), last its own."""
     labels = class_labels(labels, every.shape[1])
     losses = cross_entropies(every, labels)
     scale = _scale(state, loss, losses[-1], labels, kwargs.get("num_items_in_batch"))
     options = state.options
-    weights = torch.tensor(exit_weights(options["weights"], options["after"], state.depth), device=losses.device)
+    weights = torch.tensor(reached_weights(options["weights"], options["after"], state.depth, reached), device=losses.device)
     exits, distil = losses[:-1], options["distil"]
     if distil:
         exits = (1 - distil) * exits + distil * self_distillation(every[:-1], every[-1], options["temperature"])
     labelled = (labels != IGNORED).any()  # a batch without labels teaches nothing, and its means are over nothing
-    seen = losses.detach()
-    state.loss_sum = seen if state.loss_sum is None else state.loss_sum + seen
-    state.loss_count = state.loss_count + labelled
+    where = [*(options["after"].index(index) for index in reached), len(options["after"])]
+    state.reached = (state.reached or set()) | set(reached)
+    seen = losses.new_zeros(2, len(options["after"]) + 1)
+    seen[0, where], seen[1, where] = losses.detach(), labelled.to(losses.dtype)
+    state.loss_sum = seen[0] if state.loss_sum is None else state.loss_sum + seen[0]
+    state.loss_count = state.loss_count + seen[1]
     return weights[-1] * loss + scale * torch.where(labelled, (weights[:-1] * exits).sum(), 0.0)
 
 

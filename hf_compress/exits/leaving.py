@@ -98,7 +98,7 @@ class Pass:
         self.heads, self.tokens, self.criterion, self.thresholds = heads, tokens, criterion, thresholds
         self.leaves, self.steps, self.attention = leaves, steps, attention
         self.run, self.inputs = run, inputs
-        self.logits: list[torch.Tensor] = []  # of the exits so far, of the rows that are still there
+        self.logits: dict[int, torch.Tensor] = {}  # layer -> of its exit, of the rows that are still there; in order
         self.gone: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []  # (rows, their logits, the layer)
         self.rows: torch.Tensor | None = None  # those still there, once some have left
         self.count = 0  # of rows in the batch, known once some have left
@@ -210,10 +210,10 @@ class Pass:
             raise CompressionError(
                 f"Layer {index} gives {len(logits)} entries for {len(self.rows)} rows; exits are not offered."
             )
-        self.logits.append(logits)
+        self.logits[index] = logits
         if not self.leaves:
             return
-        scores = self.criterion.score(self.logits)
+        scores = self.criterion.score(list(self.logits.values()))
         sure = self.criterion.leaves(scores, self.thresholds[index])
         count = int(sure.sum())  # the only synchronisation of this exit
         if not self.criterion.history:
@@ -226,7 +226,7 @@ class Pass:
             self.count, self.rows = len(order), torch.arange(len(order), device=hidden.device)
         self.gone.append((self.rows[leave], logits[leave], torch.full_like(leave, index)))
         self.rows, self.compact = self.rows[stay], hidden.index_select(0, stay)
-        self.logits = [past[stay] for past in self.logits]
+        self.logits = {layer: past[stay] for layer, past in self.logits.items()}
         self.tokens = {pool: None if tokens is None else tokens[stay.to(tokens.device)] for pool, tokens in self.tokens.items()}
         self.picked.clear()
 

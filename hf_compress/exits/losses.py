@@ -40,6 +40,16 @@ def exit_weights(how: str | list[float], after: list[int], depth: int) -> list[f
     return [float(w) / sum(raw) for w in raw]  # type: ignore[arg-type]
 
 
+def reached_weights(how: str | list[float], after: list[int], depth: int, reached: list[int]) -> list[float]:
+    """`exit_weights` of the exits after the layers `reached` and of the final layer, for a forward that ran no others.
+
+    They sum to one again; to zero where all weight lies on exits that were not reached.
+    """
+    of = dict(zip([*after, None], exit_weights(how, after, depth), strict=True))
+    found = [of[index] for index in [*reached, None]]
+    return [weight / (sum(found) or 1.0) for weight in found]
+
+
 def class_labels(labels: Any, rows: int) -> torch.Tensor:
     """Labels as (rows,) class indices; anything else is refused."""
     if not isinstance(labels, torch.Tensor) or labels.is_floating_point() or labels.numel() != rows:

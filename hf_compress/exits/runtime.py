@@ -345,12 +345,15 @@ def collect_exits(model: nn.Module) -> Iterator[list[torch.Tensor]]:
 
 
 def take_exit_losses(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Mean cross-entropy of each exit (`exit_loss_<layer>`) and of the final layer since the last call; empty if none."""
+    """Mean cross-entropy of each exit (`exit_loss_<layer>`) and of the final layer since the last call; empty if none.
+
+    Over the batches in which its layer ran; not a number where there was none.
+    """
     state = _state(model)
+    state.reached = None
     if state.loss_sum is None:
         return {}
     names = [f"exit_loss_{i}" for i in state.options["after"]] + ["final_loss"]
-    count = torch.as_tensor(state.loss_count)
-    means = state.loss_sum / count  # not a number where no batch had labels
+    means = state.loss_sum / state.loss_count  # not a number where no batch had labels
     state.loss_sum, state.loss_count = None, 0
     return dict(zip(names, means, strict=True))
