@@ -437,6 +437,27 @@ def test_bad_options_are_refused_before_anything_changes():
         exit_layers(model)
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_what_a_model_writes_between_its_layers_is_seen(mode):
+    model = model_with_exits()
+    encoder, batch = model.bert.encoder, batch_for(model)
+
+    def forward(hidden_states, attention_mask=None, **kwargs):
+        for layer in encoder.layer:
+            out = layer(hidden_states, attention_mask)
+            hidden_states = out[0] if isinstance(out, tuple) else out
+            hidden_states[:, :4].mul_(torch.linspace(-2, 2, 4)[None, :, None])
+        return T.modeling_outputs.BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=hidden_states)
+
+    encoder.forward = forward
+    set_exits_(model, threshold=(thresholds := halves(model, batch)))
+    wanted, taken = expected(all_logits(model, batch), thresholds)
+    with mode():
+        found = model(**batch).logits
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
+    assert exit_layers(model).tolist() == taken.tolist() and len(set(taken.tolist())) == 3
+
+
 def test_layers_that_run_twice_and_packed_rows_are_refused():
     model = model_with_exits(threshold=1.0)
     stack = model.get_submodule(exit_options(model)["stack"])

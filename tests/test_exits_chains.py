@@ -322,3 +322,50 @@ def test_an_encoder_that_does_not_run_has_no_exits_in_the_loss():
         assert model(**batch, **more, labels=labels).loss.item() == pytest.approx(wanted, rel=1e-4)
     seen = take_exit_losses(model)
     np.testing.assert_allclose([v.item() for v in seen.values()], ce, rtol=1e-4)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_exits_inside_what_is_checkpointed_are_not_trained(reentrant):
+    """Swin's stages are run again in the backward pass, with the blocks that have exits; refused before a step is made."""
+    model, batch = built("swin", 4)
+    hc.apply_(model, hc.Plan([hc.AddExits([0, 1])]))
+    labels = torch.arange(4) % 2
+    model.train().gradient_checkpointing_enable({"use_reentrant": reentrant})
+    with pytest.raises(hc.CompressionError, match="runs '.*layers.0' again"):
+        model(**batch, labels=labels)
+    model.eval()
+    spread_heads(model)
+    set_exits_(model, threshold=0.01)
+    assert torch.equal(run(model, batch).logits.argmax(-1), all_logits(model, batch)[0].argmax(-1))  # eval checkpoints nothing
+    model.train().gradient_checkpointing_disable()
+    model(**batch, labels=labels).loss.backward()
+    assert all(head.out.weight.grad.any() for head in model.exit_heads.values())
+
+
+def test_a_models_own_checkpoint_is_no_silent_loss_of_gradients():
+    model, batch = built("resnet", 4)
+    hc.apply_(model, hc.Plan([hc.AddExits([0])]))
+    stage = model.resnet.encoder.stages[0]
+    inner = stage.forward
+    stage.forward = lambda x: torch.utils.checkpoint.checkpoint(inner, x, use_reentrant=True)
+    with pytest.raises(hc.CompressionError, match="runs without gradients"):
+        model.train()(**batch, labels=torch.arange(4) % 2)
+
+
+def test_what_belongs_to_a_row_that_left_is_said():
+    """Longformer is told by one flag whether any row has a global token: it fails in a layer that no longer sees that row."""
+    model, batch = built("longformer")
+    hc.apply_(model, hc.Plan([hc.AddExits([0])]))
+    model.exit_heads["0"].register_forward_hook(lambda m, args, out: torch.eye(6, 2) * 1e4 if len(out) == 6 else out)
+    set_exits_(model, threshold=0.9)
+    everywhere = torch.zeros_like(batch["input_ids"])
+    everywhere[0, 0] = 1
+    with pytest.raises(hc.CompressionError, match="does not run on .* of 6 rows without the others") as error:
+        run(model, {**batch, "global_attention_mask": everywhere})
+    assert error.value.__cause__ is not None and model._exits.now is None
+
+
+def test_maps_are_not_read_of_text():
+    model, _ = built("xlm")
+    with pytest.raises(hc.CompressionError, match="reads feature maps"):
+        resolve_exits(model, [0], pool="maps")

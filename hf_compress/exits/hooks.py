@@ -24,8 +24,11 @@ PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens")  # several sequences i
 class Exits:
     """What a model and its layers share: the options, and what the last forward pass left behind."""
 
-    def __init__(self, options: dict[str, Any], depth: int, steps: Steps, names: tuple[str, ...]) -> None:
+    def __init__(
+        self, options: dict[str, Any], depth: int, steps: Steps, names: tuple[str, ...], around: tuple[str, ...]
+    ) -> None:
         self.options, self.depth, self.steps, self.names = options, depth, steps, names  # names: of forward's arguments
+        self.around = around  # modules that gradient checkpointing may run again as a whole, with steps inside
         self.enabled = True
         self.muted = False  # while a cut is proved: neither rows that leave nor joined losses
         self.now: Pass | None = None  # only during a forward of the model
@@ -48,6 +51,18 @@ def _wants_all(model: Any, inputs: Mapping[str, Any]) -> bool:
     flags = ("output_hidden_states", "output_attentions")
     asked = any(inputs.get(f) if inputs.get(f) is not None else getattr(config, f, False) for f in flags)
     return bool(asked) or inputs.get("past_key_values") is not None or bool(inputs.get("use_cache"))
+
+
+def _refuse_checkpoints(model: nn.Module, state: Exits) -> None:
+    """Exits inside what gradient checkpointing runs again would run again too, or have no gradient."""
+    for name in state.around:
+        module: Any = model.get_submodule(name)
+        if module.training and module.gradient_checkpointing:
+            raise CompressionError(
+                f"Gradient checkpointing runs {name!r} again in the backward pass, and layers that exits sit after are inside of "
+                f"it: they cannot be trained so in {type(model).__name__}. Train without (gradient_checkpointing=False; "
+                "model.gradient_checkpointing_disable())."
+            )
 
 
 def begin(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
@@ -79,6 +94,8 @@ def begin(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple,
         kwargs = {**kwargs, "use_cache": False}  # layers that rows skip would have nothing to cache
         args = args[: state.names.index("use_cache")]
         inputs = _named(state, args, kwargs)
+    if model.training:
+        _refuse_checkpoints(model, state)
     options: dict[str, Any] = state.options
     thresholds = (
         options["threshold"] if isinstance(options["threshold"], list) else [options["threshold"]] * len(options["after"])

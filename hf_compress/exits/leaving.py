@@ -98,12 +98,14 @@ class Pass:
         self.heads, self.tokens, self.criterion, self.thresholds = heads, tokens, criterion, thresholds
         self.leaves, self.steps, self.attention = leaves, steps, attention
         self.run, self.inputs = run, inputs
+        self.learns = not leaves and torch.is_grad_enabled()
         self.logits: dict[int, torch.Tensor] = {}  # layer -> of its exit, of the rows that are still there; in order
         self.gone: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []  # (rows, their logits, the layer)
         self.rows: torch.Tensor | None = None  # those still there, once some have left
         self.count = 0  # of rows in the batch, known once some have left
         self.compact: torch.Tensor | None = None  # what the last step gave, for the rows that are still there
         self.full: torch.Tensor | None = None  # the same, for the batch
+        self.version: int | None = None  # of `full` when `compact` was made: a model may write into it after that
         self.ours = False  # whether `full` is a copy that later layers may write into
         self.handed: Any = None  # all that the last step gave, for the batch
         self.many: dict[str, int] = {}  # how many entries for each row, of what it gave
@@ -113,9 +115,15 @@ class Pass:
 
     def step(self, places: tuple[int, ...], call: Call, args: tuple, kwargs: dict[str, Any]) -> Any:
         at = self.last = self.steps.following(places, self.last)
+        if self.learns and not torch.is_grad_enabled():  # a model's own reentrant checkpoint
+            raise CompressionError(
+                f"Layer {self.steps.layer_of(at)} runs without gradients (inside of what gradient checkpointing runs again, or of "
+                "torch.no_grad), so an exit in it cannot be trained. Train without gradient checkpointing."
+            )
         if self.rows is None:
             outputs = self.handed = call(*args, **kwargs)
             self.full = main_of(outputs)
+            self.version = _version(self.full)
             self._ask(at, self.full)
             return outputs
         if not self.rows.numel():
@@ -134,7 +142,15 @@ class Pass:
                 f"The first dimension of what layer {self.steps.layer_of(at)} is given is not the batch; exits are not offered."
             )
         some, more = mapped((args, kwargs), lambda path, tensor: self._pick(at, path, tensor), self._other)
-        outputs = call(*some, **more)
+        try:
+            outputs = call(*some, **more)
+        except (CompressionError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # a setting that belongs to rows which left, say
+            raise CompressionError(
+                f"Layer {self.steps.layer_of(at)} does not run on {len(self.rows)} of {self.count} rows "  # type: ignore[arg-type]
+                f"without the others ({type(error).__name__}: {error}); set_exits_(model, enabled=False) runs all."
+            ) from error
         return self._spread(at, outputs, hidden[1])
 
     def _spread(self, at: int, outputs: Any, hidden: torch.Tensor) -> Any:
@@ -164,6 +180,7 @@ class Pass:
 
         self.handed = mapped(outputs, back)
         self.full = main_of(self.handed)
+        self.version = _version(self.full)
         return self.handed
 
     def _nobody(self, at: int, call: Call, args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -236,7 +253,8 @@ class Pass:
         if not many:
             return tensor
         if tensor is self.full and self.compact is not None and len(self.compact) == many * len(self.rows):  # type: ignore[arg-type]
-            return self.compact
+            if self.version is not None and _version(tensor) == self.version:
+                return self.compact
         if id(tensor) not in self.picked:  # layers share masks and positions
             entries = _entries(self.rows, many).to(tensor.device)  # type: ignore[arg-type]
             self.picked[id(tensor)] = tensor, tensor.index_select(0, entries)
@@ -339,6 +357,11 @@ def _hidden(given: Mapping[str, torch.Tensor]) -> tuple[str, torch.Tensor] | Non
     """The hidden states, of all that a step is given."""
     path = next((path for path in ("0.0", "1.hidden_states") if path in given), next(iter(given), None))
     return None if path is None else (path, given[path])
+
+
+def _version(tensor: torch.Tensor) -> int | None:
+    """How often a tensor was written into; None where that is not counted."""
+    return None if tensor.is_inference() else tensor._version
 
 
 def main_of(outputs: Any) -> torch.Tensor:

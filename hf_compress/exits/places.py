@@ -221,6 +221,10 @@ def what_heads_read(places: Places, after: list[int], pool: str | None) -> tuple
                     "pass inputs=... with square images of another size."
                 )
             how = "maps" if first else "mean"
+        elif pool == "maps":
+            raise CompressionError(
+                f"pool='maps' reads feature maps (rows, channels, height, width); layer {index} gives {tuple(shape)}. Use 'mean'."
+            )
         elif pool is not None:
             how = pool
         elif places.reads == "last" and places.sides[index] == max(places.sides):

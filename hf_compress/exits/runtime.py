@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..edits import CompressionError, shown
 from .criteria import check_criterion, check_threshold
@@ -117,7 +118,12 @@ def attach_exits_(model: nn.Module, options: Mapping[str, Any]) -> None:
     if first is None:
         raise CompressionError(f"{options['stack']!r} has no floating-point parameter that says which dtype its exits have.")
     depth = len(steps.ends)
-    state = Exits(options, depth, steps, tuple(inspect.signature(model.forward).parameters))
+    known = {id(module) for module in modules}
+    around = tuple(
+        name for name, outer in model.named_modules()
+        if isinstance(outer, GradientCheckpointingLayer) and any(m is not outer and id(m) in known for m in outer.modules())
+    )  # fmt: skip
+    state = Exits(options, depth, steps, tuple(inspect.signature(model.forward).parameters), around)
     sizes, pools = (each_exit(options, key) for key in ("hidden_size", "pool"))
     with torch.device(first.device):
         heads = {
