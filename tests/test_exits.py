@@ -511,6 +511,82 @@ def test_models_whose_layers_cannot_run_on_fewer_rows_are_refused():
         assert "exit_heads" not in model._modules and not model._forward_hooks
 
 
+class _Masked(torch.nn.Module):
+    """A layer that takes its mask in another form."""
+
+    def __init__(self, inner, mask):
+        super().__init__()
+        self.inner, self.mask = inner, mask
+
+    def forward(self, hidden, mask=None):
+        return self.inner(hidden, self.mask(mask, len(hidden)))
+
+
+def _bert_with_masks(form):
+    """BERT whose layers are given the padding of all rows once for each of two heads: heads first, rows first, or not at all."""
+    model, kept = plain_model("bert"), []
+    encoder = model.bert.encoder
+    undo = {
+        "heads first": lambda mask, rows: mask[:rows],
+        "rows first": lambda mask, rows: mask[::2],
+        "outside": lambda mask, rows: kept[0][:rows],
+    }[form]
+    for i, layer in enumerate(encoder.layer):
+        encoder.layer[i] = _Masked(layer, undo)
+
+    def forward(hidden_states, attention_mask=None, **kwargs):
+        if attention_mask is None:
+            attention_mask = hidden_states.new_zeros(len(hidden_states), 1, 1, hidden_states.shape[1])
+        else:
+            attention_mask = torch.where(attention_mask[:, :, :1], 0.0, -1e4)
+        kept[:] = [attention_mask]
+        mask = attention_mask.repeat(2, 1, 1, 1) if form == "heads first" else attention_mask.repeat_interleave(2, 0)
+        for layer in encoder.layer:
+            hidden_states = layer(hidden_states, *([] if form == "outside" else [mask]))
+            hidden_states = hidden_states[0] if isinstance(hidden_states, tuple) else hidden_states
+        return T.modeling_outputs.BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=hidden_states)
+
+    encoder.forward = forward
+    return model
+
+
+def test_each_row_keeps_its_own_mask():
+    """Masks of rows without padding are all equal and tell nothing; exits are tried with other padding in each row."""
+    for form, message in (("heads first", "cannot be told apart"), ("outside", "come out otherwise")):
+        model = _bert_with_masks(form)
+        with pytest.raises(hc.CompressionError, match=f"none were added: .*{message}"):
+            hc.apply_(model, hc.Plan([hc.AddExits([0])]))
+    good, bad = _bert_with_masks("rows first"), _bert_with_masks("heads first")
+    batch = batch_for(good)
+    whole = {"input_ids": batch["input_ids"].clamp_min(5), "attention_mask": torch.ones_like(batch["input_ids"])}
+    for model in (good, bad):
+        attach_exits_(model, resolve_exits(model, [0, 1]))
+        spread_heads(model)
+    for model, one in ((good, whole), (good, batch), (bad, whole)):  # without padding first
+        set_exits_(model, threshold=(thresholds := halves(model, one)))
+        wanted, taken = expected(all_logits(model, one), thresholds)
+        torch.testing.assert_close(run(model, one).logits, wanted, atol=1e-5, rtol=1e-5)
+        assert exit_layers(model).tolist() == taken.tolist() and len(set(taken.tolist())) == 3
+    with pytest.raises(hc.CompressionError, match="cannot be told apart"):
+        set_exits_(bad, threshold=halves(bad, batch))
+        run(bad, batch)
+    # a ninth row, the first once more, fits both orders of two heads where rows 0, 1 and 7 have no padding; the others tell
+    few = {**whole, "attention_mask": torch.ones_like(whole["attention_mask"])}
+    for row in (2, 3, 4, 5, 6):
+        few["attention_mask"][row, row:] = 0
+    for form in ("rows first", "heads first"):
+        model = _bert_with_masks(form)
+        attach_exits_(model, resolve_exits(model, [0, 1]))
+        spread_heads(model)
+        set_exits_(model, threshold=(thresholds := halves(model, few)))
+        if form == "heads first":
+            with pytest.raises(hc.CompressionError, match="cannot be told apart"):
+                run(model, few)
+        else:
+            wanted, _ = expected(all_logits(model, few), thresholds)
+            torch.testing.assert_close(run(model, few).logits, wanted, atol=1e-5, rtol=1e-5)
+
+
 def test_exits_are_added_without_gradients():
     model = plain_model("bert")
     with torch.no_grad():

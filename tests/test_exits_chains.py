@@ -290,7 +290,9 @@ def test_layers_that_are_dropped_at_random_leave_the_joint_loss():
         torch.manual_seed(seed)
         np.random.seed(seed)
         out = model(torch.randn(4, 800), labels=labels)
-        ce = {i: torch.nn.functional.cross_entropy(x.double(), labels).item() for i, x in {**said, 3: out.logits.detach()}.items()}
+        ce = {
+            i: torch.nn.functional.cross_entropy(x.double(), labels).item() for i, x in {**said, 3: out.logits.detach()}.items()
+        }
         weights = {i: w for i, w in {0: 1, 2: 2, 3: 3}.items() if i in ce}
         assert out.loss.item() == pytest.approx(sum(w * ce[i] for i, w in weights.items()) / sum(weights.values()), rel=1e-4)
         out.loss.backward()
@@ -318,7 +320,10 @@ def test_an_encoder_that_does_not_run_has_no_exits_in_the_loss():
     for module in without_dropout(model).train().modules():
         for name in {"dropout", "activation_dropout"} & module.__dict__.keys():
             setattr(module, name, 0.0)
-    for more, wanted in (({}, (ce[0] + 2 * ce[1] + 3 * ce[2]) / 6), ({"encoder_outputs": (encoded,)}, (2 * ce[1] + 3 * ce[2]) / 5)):
+    for more, wanted in (
+        ({}, (ce[0] + 2 * ce[1] + 3 * ce[2]) / 6),
+        ({"encoder_outputs": (encoded,)}, (2 * ce[1] + 3 * ce[2]) / 5),
+    ):
         assert model(**batch, **more, labels=labels).loss.item() == pytest.approx(wanted, rel=1e-4)
     seen = take_exit_losses(model)
     np.testing.assert_allclose([v.item() for v in seen.values()], ce, rtol=1e-4)

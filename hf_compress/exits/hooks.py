@@ -59,8 +59,8 @@ def _refuse_checkpoints(model: nn.Module, state: Exits) -> None:
         module: Any = model.get_submodule(name)
         if module.training and module.gradient_checkpointing:
             raise CompressionError(
-                f"Gradient checkpointing runs {name!r} again in the backward pass, and layers that exits sit after are inside of "
-                f"it: they cannot be trained so in {type(model).__name__}. Train without (gradient_checkpointing=False; "
+                f"Gradient checkpointing runs {name!r} again in the backward pass, and layers that exits sit after are inside "
+                f"of it: they cannot be trained so in {type(model).__name__}. Train without (gradient_checkpointing=False; "
                 "model.gradient_checkpointing_disable())."
             )
 
@@ -189,7 +189,7 @@ def _with(outputs: Any, place: Any, value: torch.Tensor) -> Any:
 def _joint_loss(
     state: Exits, reached: list[int], every: torch.Tensor, loss: torch.Tensor, labels: Any, kwargs: Mapping[str, Any]
 ) -> torch.Tensor:
-    """The weighted mean over the exits after the layers `reached`, and the final layer: (reached + 1, rows, C), last its own."""
+    """The weighted mean over the exits after the layers `reached` and the final layer; `every`: (reached + 1, rows, C)."""
     labels = class_labels(labels, every.shape[1])
     losses = cross_entropies(every, labels)
     scale = _scale(state, loss, losses[-1], labels, kwargs.get("num_items_in_batch"))

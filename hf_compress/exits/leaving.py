@@ -8,7 +8,7 @@ long): the model is run once more, with one row more, and what grew has.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -17,11 +17,10 @@ from transformers import Cache
 
 from ..edits import CompressionError
 from .criteria import Criterion
+from .rows import GIVEN, GIVES, Probe, alike, all_equal, more_rows, orders
 from .trees import mapped, tensors_in
 
-NOT_ROWS = ("cache_position",)  # inputs of a model whose first dimension is never the batch
 PLAIN = str | int | float | torch.dtype | torch.device | None
-GIVEN, GIVES = "given", "gives"
 MOST_SIZES = 1000  # of inputs, of which it is remembered what a step makes of them
 
 Call = Callable[..., Any]
@@ -53,31 +52,6 @@ class Steps:
 
     def layer_of(self, at: int) -> int:
         return next(layer for end, layer in self.ends.items() if end >= at)
-
-
-class Probe:
-    """Stands in for a `Pass`: runs every step as it is, and keeps the shapes of what it is given and gives."""
-
-    def __init__(self, steps: Steps, rows: int, count: int) -> None:
-        self.steps, self.rows, self.count, self.last = steps, rows, count, -1  # the row `count` is the first once more
-        self.shapes: dict[tuple, tuple[int, ...]] = {}
-        self.blocks: set[tuple] = set()  # tensors with several entries a row that lie side by side
-
-    def step(self, places: tuple[int, ...], call: Call, args: tuple, kwargs: dict[str, Any]) -> Any:
-        at = self.last = self.steps.following(places, self.last)
-        self._see(at, GIVEN, (args, kwargs))
-        outputs = call(*args, **kwargs)
-        self._see(at, GIVES, outputs)
-        return outputs
-
-    def _see(self, at: int, side: str, value: Any) -> None:
-        for path, tensor in tensors_in(value):
-            self.shapes[at, side, path] = tuple(tensor.shape)
-            many, over = divmod(len(tensor), self.rows) if tensor.ndim else (0, 0)
-            if many > 1 and not over:
-                one, other = tensor[:many].float(), tensor[many * self.count : many * (self.count + 1)].float()
-                if torch.allclose(one, other, 1e-3, equal_nan=True):
-                    self.blocks.add((at, side, path))
 
 
 class Pass:
@@ -112,13 +86,14 @@ class Pass:
         self.last = -1
         self.probe: Probe | None = None
         self.picked: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.by_row: dict[tuple, int] = {}  # as `Steps.by_row`, of tensors whose entries are all equal in this batch
 
     def step(self, places: tuple[int, ...], call: Call, args: tuple, kwargs: dict[str, Any]) -> Any:
         at = self.last = self.steps.following(places, self.last)
         if self.learns and not torch.is_grad_enabled():  # a model's own reentrant checkpoint
             raise CompressionError(
-                f"Layer {self.steps.layer_of(at)} runs without gradients (inside of what gradient checkpointing runs again, or of "
-                "torch.no_grad), so an exit in it cannot be trained. Train without gradient checkpointing."
+                f"Layer {self.steps.layer_of(at)} runs without gradients (inside of what gradient checkpointing runs again, or "
+                "of torch.no_grad), so an exit in it cannot be trained. Train without gradient checkpointing."
             )
         if self.rows is None:
             outputs = self.handed = call(*args, **kwargs)
@@ -275,19 +250,21 @@ class Pass:
         return self.steps.names[at], self.attention, side, path, tensor.ndim, len(tensor) == 1, rows == 1
 
     def _entries_of(self, at: int, side: str, path: str, tensor: torch.Tensor, rows: int) -> int:
-        many = self.steps.by_row[self._key(at, side, path, tensor, rows)] if tensor.ndim else 0
-        if many and len(tensor) != many * rows:
-            raise CompressionError(
-                f"{path.partition('.')[2] or 'what it gives'!r}, a tensor of layer {self.steps.layer_of(at)}, had {many} "
-                f"entries for each row before and is {tuple(tensor.shape)} for {rows} rows now; set_exits_(model, "
-                "enabled=False) runs all."
-            )
-        return many
+        if not tensor.ndim:
+            return 0
+        key = self._key(at, side, path, tensor, rows)
+        return self.by_row[key] if key in self.by_row else self.steps.by_row[key]
 
     def _learn(self, at: int, side: str, found: Mapping[str, torch.Tensor], rows: int) -> None:
         """Find out how many entries tensors have for each of `rows` rows, where it is not known yet."""
         keys = {path: self._key(at, side, path, tensor, rows) for path, tensor in found.items() if tensor.ndim}
-        unknown = {key: (path, found[path]) for path, key in keys.items() if key not in self.steps.by_row}
+        for key in keys.values():  # it may be another tensor in this step
+            self.by_row.pop(key, None)
+        unknown = {}
+        for path, key in keys.items():
+            many = self.steps.by_row.get(key)
+            if many is None or (many and len(found[path]) != many * rows):  # as many as tokens, in a batch of other lengths
+                unknown[key] = path, found[path]
         if not unknown:
             return
         if self.probe is None:
@@ -297,14 +274,36 @@ class Pass:
             now, then = tuple(tensor.shape), self.probe.shapes.get((at, side, path))
             many, over = divmod(now[0], rows)
             if not over and many and then == (many * self.probe.rows, *now[1:]):
-                if many > 1 and (at, side, path) not in self.probe.blocks:
+                sure = many == 1 or self._side_by_side(at, side, path, tensor, rows)
+                if sure is False:
                     raise CompressionError(self._cannot_tell(at, path, now, rows, then))
-                learned[key] = many
+                (self.by_row if sure is None else learned)[key] = many
             elif then == now:
                 learned[key] = 0
             else:
                 raise CompressionError(self._cannot_tell(at, path, now, rows, then))
         self.steps.by_row.update(learned)
+
+    def _side_by_side(self, at: int, side: str, path: str, tensor: torch.Tensor, rows: int) -> bool | None:
+        """Whether the entries of each row lie side by side; None where all are equal, as in a mask of rows without padding.
+
+        The probe's extra row alone may be where it must be by chance: if its entries also fit another order, those of all rows
+        are compared with those that it has.
+        """
+        assert self.probe is not None
+        key = at, side, path
+        if key not in self.probe.blocks or key not in self.probe.unsure:
+            return key in self.probe.blocks
+        if all_equal(tensor):
+            return None
+        seen = self.probe.unsure[key]
+        if seen is None:
+            return False
+        there = self.rows if side == GIVES else slice(rows)
+        first, *others = (
+            alike(one, other[there]) for one, other in zip(orders(tensor, rows), orders(seen, self.probe.rows), strict=True)
+        )
+        return first and not any(others)
 
     def _cannot_tell(self, at: int, path: str, now: tuple[int, ...], rows: int, then: tuple[int, ...] | None) -> str:
         more = self.probe.rows if self.probe else 0
@@ -332,20 +331,6 @@ class Pass:
             f"({type(failed).__name__}: {failed}): some of its inputs ({', '.join(inputs)}) belong to rows without having one "
             "entry for each. set_exits_(model, enabled=False) runs all."
         ) from failed
-
-
-def more_rows(inputs: Mapping[str, Any], count: int) -> Iterator[tuple[dict[str, Any], int]]:
-    """A batch with its first row once more at the end; for models that pack pictures of all rows, the whole batch twice."""
-
-    def longer(name: str, value: Any, rows: int) -> Any:
-        if not isinstance(value, torch.Tensor) or not value.ndim or name in NOT_ROWS:
-            return value
-        if rows > count + 1:
-            return torch.cat([value, value])
-        return torch.cat([value, value[:1]]) if len(value) == count else value
-
-    for rows in (count + 1, 2 * count):
-        yield {name: longer(name, value, rows) for name, value in inputs.items()}, rows
 
 
 def _entries(rows: torch.Tensor, many: int) -> torch.Tensor:

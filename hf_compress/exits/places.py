@@ -15,7 +15,8 @@ from ..edits import CompressionError
 from ..probe import NoInputs, example_inputs, quiet_run
 from .chain import find_chain
 from .heads import tokens_to_read
-from .leaving import main_of, more_rows
+from .leaving import main_of
+from .rows import more_rows
 from .trees import mapped
 
 
@@ -223,7 +224,8 @@ def what_heads_read(places: Places, after: list[int], pool: str | None) -> tuple
             how = "maps" if first else "mean"
         elif pool == "maps":
             raise CompressionError(
-                f"pool='maps' reads feature maps (rows, channels, height, width); layer {index} gives {tuple(shape)}. Use 'mean'."
+                f"pool='maps' reads feature maps (rows, channels, height, width); layer {index} gives {tuple(shape)}. "
+                "Use 'mean'."
             )
         elif pool is not None:
             how = pool

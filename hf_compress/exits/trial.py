@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -18,7 +20,9 @@ def try_exits(model: nn.Module, options: Mapping[str, Any], inputs: Mapping[str,
     """Refuse a model whose layers cannot run on fewer rows: they hand on more than hidden states, say.
 
     On a small batch exits are made sure of some rows: the first of one row, then the last of another too, then the first of
-    all. These must leave there, with what the exit says, and the other rows must come out as if they had stayed.
+    all. These must leave there, with what the exit says, and the other rows must come out as if they had stayed. So again with
+    a mask that hides another number of tokens in each row, where the model takes one: rows without padding have equal masks,
+    and do not tell whether each keeps its own.
     """
     name = type(model).__name__
     batch = small_batch(model, inputs)
@@ -46,11 +50,16 @@ def try_exits(model: nn.Module, options: Mapping[str, Any], inputs: Mapping[str,
     try:
         with quiet_run(model, exits=True) as run:
             with exits_off(model):
-                expected = run(batch).logits
-            for case in cases if rows > 2 else (cases[0], cases[2]):
-                sure = case
-                got = run(batch).logits
-                _compare(name, expected, got, case, exit_layers(model).tolist())
+                wanted = [(batch, run(batch).logits)]
+                padded = _padded(model, batch, rows)
+                if padded is not None:
+                    with suppress(Exception):  # where the model takes no such mask, there is none to try
+                        wanted.append((padded, run(padded).logits))
+            for one, expected in wanted:
+                for case in cases if rows > 2 else (cases[0], cases[2]):
+                    sure = case
+                    got = run(one).logits
+                    _compare(name, expected, got, case, exit_layers(model).tolist())
     except CompressionError as error:
         raise CompressionError(f"Exits cannot work in this {name}, so none were added: {error}") from error
     except Exception as error:  # whatever a model does when rows are missing
@@ -62,6 +71,18 @@ def try_exits(model: nn.Module, options: Mapping[str, Any], inputs: Mapping[str,
         state.options, state.enabled = before
         for hook in hooks:
             hook.remove()
+
+
+def _padded(model: nn.Module, batch: Mapping[str, Any], rows: int) -> dict[str, Any] | None:
+    """The same tokens with another number of the last ones hidden in each row."""
+    ids = batch.get("input_ids")
+    takes = "attention_mask" in inspect.signature(model.forward).parameters and "attention_mask" not in batch
+    if not takes or not isinstance(ids, torch.Tensor) or ids.ndim != 2:
+        return None
+    length = ids.shape[1]
+    hidden = [min(max(row, row * (length - 1) // rows), length - 1) for row in range(rows)]
+    real = torch.arange(length)[None] < length - torch.tensor(hidden)[:, None]
+    return {**batch, "attention_mask": real.to(ids)}
 
 
 def _compare(name: str, expected: torch.Tensor, got: torch.Tensor, sure: Mapping[int, set[int]], left: list[int]) -> None:
