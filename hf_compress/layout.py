@@ -381,12 +381,17 @@ def replay_(model: nn.Module, layout: Layout, start: Start | None = None, base: 
         _pick_layers(model, layers, skeleton(model, layout.get("numbers", {})) if base is None else base)
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
     find = finder(model)
-    exits = layout.get("exits")
+    exits, late = layout.get("exits"), False  # late: of layers that become another kind of module themselves
     if exits:
         modules = dict(model.named_modules())
         names = stack_names(exits["stack"])
         if all(name in modules for name in names):
-            attach_exits_(model, exits)
+            late = any(
+                "kinds" in entry and (name in names or name.rpartition(".")[0] == exits["stack"])
+                for name, entry in layout["modules"].items()
+            )
+            if not late:
+                attach_exits_(model, exits)
         elif prefix == "." or not all(name.removeprefix(prefix) in modules for name in names):  # the base alone has no exits
             raise CompressionError(
                 f"The checkpoint has exits in {names[-1]!r}, which {type(model).__name__} does not have: another model."
@@ -408,6 +413,8 @@ def replay_(model: nn.Module, layout: Layout, start: Start | None = None, base: 
                 raise CompressionError(
                     f"The checkpoint cuts {name!r}, which {type(model).__name__} does not have: another model."
                 )  # any other is a head that this class does not carry
+    if late:
+        attach_exits_(model, exits)
     if any("kinds" in entry for entry in layout["modules"].values()):
         follow_ties_(model)
     settle_counts_(model)

@@ -203,6 +203,10 @@ def _check(model: nn.Module, name: str, module: Any, edit: Substitution, tied: l
     if weight is not None and (weight.is_meta or (weight.is_floating_point() and not bool(weight.isfinite().all()))):
         what_is = "is on the meta device and has no values" if weight.is_meta else "holds NaN or infinite values"
         raise CompressionError(f"The weight of {name!r} {what_is}; load the model again.")
+    if "_exits" in module.__dict__:
+        raise CompressionError(
+            f"{name!r} is a layer that exits stand after; take them off (detach_exits_), then use {what}, then add them again."
+        )
     if is_gated(module):
         raise CompressionError(f"{name!r} is masked; cut it first (apply_ with the plan of the mask), then use {what}.")
     if is_quantized(module):

@@ -1,5 +1,6 @@
 """Exits in models that are no single list of like layers: stages, shared layers, two stacks, layers in several lists."""
 
+import copy
 import random
 
 import numpy as np
@@ -374,3 +375,47 @@ def test_maps_are_not_read_of_text():
     model, _ = built("xlm")
     with pytest.raises(hc.CompressionError, match="reads feature maps"):
         resolve_exits(model, [0], pool="maps")
+
+
+class _Linears(T.PreTrainedModel):
+    """Layers that are each one Linear."""
+
+    config_class = T.BertConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.emb = torch.nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = torch.nn.ModuleList(torch.nn.Linear(config.hidden_size, config.hidden_size) for _ in range(3))
+        self.classifier = torch.nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    def _init_weights(self, module):
+        torch.nn.init.normal_(module.weight, std=0.3)
+
+    def forward(self, input_ids=None, labels=None, **kwargs):
+        hidden = self.emb(input_ids)
+        for layer in self.layers:
+            hidden = layer(hidden).relu()
+        return T.modeling_outputs.SequenceClassifierOutput(logits=self.classifier(hidden.mean(1)))
+
+
+@pytest.mark.parametrize("edit", [hc.LowRank("layers.0", 4), hc.Quantize("layers.1")])
+def test_layers_that_became_another_kind(edit, tmp_path):
+    torch.manual_seed(0)
+    model = _Linears(T.BertConfig(**TEXT, num_labels=3)).eval()
+    batch = {"input_ids": torch.randint(5, 99, (8, 6))}
+    late = copy.deepcopy(model)
+    hc.apply_(model, hc.Plan([edit]))
+    hc.apply_(model, hc.Plan([hc.AddExits([0, 1])]))
+    spread_heads(model)
+    set_exits_(model, threshold=halves(model, batch))
+    found = run(model, batch).logits
+    left = hc.exit_layers(model).tolist()
+    model.save_pretrained(tmp_path)
+    loaded = _Linears.from_pretrained(tmp_path).eval()
+    assert torch.equal(run(loaded, batch).logits, found) and hc.exit_layers(loaded).tolist() == left and len(set(left)) == 3
+    hc.apply_(late, hc.Plan([hc.AddExits([0, 1])]))
+    before = run(late, batch).logits
+    with pytest.raises(hc.CompressionError, match="a layer that exits stand after"):
+        hc.apply_(late, hc.Plan([edit]))
+    assert torch.equal(run(late, batch).logits, before)
