@@ -163,18 +163,22 @@ def _lock(owner: PreTrainedModel, layout: dict, undo: Undo, inside: tuple[str, .
     inside = inside or tuple(layout.get("layers", {})) or ("",)
     structure = discover(owner)
     outs = {block.out for block in (*structure.attentions, *structure.ffns)}  # those carry gates
-    for name, module in owner.named_modules():
-        if (
-            name not in outs
-            and type(module) in (nn.Linear, LockedLinear)
-            and any(not p or name.startswith(f"{p}.") for p in inside)
-        ):
-            if type(module) is nn.Linear:
-                undo.append(lambda m=module: setattr(m, "__class__", nn.Linear))
-                module.__class__ = LockedLinear
-            layout["modules"].setdefault(name, {})["lock"] = True
-            return
-    raise CompressionError(f"{type(owner).__name__} has no Linear that could mark the checkpoint as compressed.")
+    stock = skeleton(owner)
+    theirs = {} if stock is None else dict(stock.named_modules())
+    plain = [n for n, m in owner.named_modules() if n not in outs and type(m) in (nn.Linear, LockedLinear)]
+    there = [n for n in plain if n in theirs]  # what transformers alone has no place for is no lock (SAM 3's last layer)
+
+    def within(names: list[str]) -> list[str]:
+        return [name for name in names if any(not p or name.startswith(f"{p}.") for p in inside)]
+
+    name = next(iter([*within(there), *there, *within(plain)]), None)
+    if name is None:
+        raise CompressionError(f"{type(owner).__name__} has no Linear that could mark the checkpoint as compressed.")
+    module = owner.get_submodule(name)
+    if type(module) is nn.Linear:
+        undo.append(lambda: setattr(module, "__class__", nn.Linear))
+        module.__class__ = LockedLinear
+    layout["modules"].setdefault(name, {})["lock"] = True
 
 
 def record_exits_(model: PreTrainedModel) -> None:

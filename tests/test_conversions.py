@@ -75,3 +75,15 @@ def test_what_is_made_of_a_record_is_saved_alike(tmp_path):
     model.model.save_pretrained(tmp_path / "base")
     base = transformers.AutoModel.from_pretrained(tmp_path / "base").eval()
     assert torch.equal(base(**inputs).last_hidden_state, model.model(**inputs).last_hidden_state)
+
+
+@needs("Sam3LiteTextTextModel")
+def test_what_marks_a_checkpoint_is_a_weight_that_plain_transformers_looks_for(tmp_path, fresh, plain):
+    """SAM 3's text model makes its last layer of convolutions: a shorter stock model has no attention where this one has."""
+    model, inputs, _ = build("sam3_lite_text_text_model")
+    hc.apply_(model, hc.Plan([hc.KeepLayers([0, 1], "layers")]))
+    model.save_pretrained(tmp_path)
+    expected = outputs_of(model, inputs)[0]
+    assert torch.equal(fresh.outputs("Sam3LiteTextTextModel", tmp_path, inputs)["last_hidden_state"], expected)
+    with pytest.raises(RuntimeError, match="mismatch"):
+        plain.outputs("Sam3LiteTextTextModel", tmp_path, inputs)
