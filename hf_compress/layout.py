@@ -413,7 +413,7 @@ def replay_(model: nn.Module, layout: Layout, start: Start | None = None, base: 
                 raise CompressionError(
                     f"The checkpoint cuts {name!r}, which {type(model).__name__} does not have: another model."
                 )  # any other is a head that this class does not carry
-    if late:
+    if exits and late:
         attach_exits_(model, exits)
     if any("kinds" in entry for entry in layout["modules"].values()):
         follow_ties_(model)
