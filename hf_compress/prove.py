@@ -66,7 +66,7 @@ def prove(model: nn.Module, cuts: list[Cut], run: Callable[[], list[Any]], maske
             raise
         try:
             return _prove(model, cuts, run, masked, [], {}, True)
-        except Exception:
+        except Exception:  # then the first reason is the one to tell
             raise error from None
 
 

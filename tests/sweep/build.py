@@ -10,7 +10,7 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
-from .load import far, flat, outputs_of
+from .load import doubled, far, flat, outputs_of
 from .overrides import OVERRIDES, SKIPPED
 from .shrink import tiny_config
 from .types import class_name
@@ -95,9 +95,8 @@ def _filled(model: PreTrainedModel, seed: int) -> dict[str, torch.Tensor]:
 
 def _rounding(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> float:
     """How far the outputs are from those in float64: where that is far (DAC with large latents), nothing can be compared."""
-    wide = {k: v.double() if v.is_floating_point() else v for k, v in inputs.items()}
     try:
-        return far(outputs_of(model, inputs), outputs_of(copy.deepcopy(model).double(), wide))
+        return far(outputs_of(model, inputs), outputs_of(copy.deepcopy(model).double(), doubled(inputs)))
     except Exception:  # a forward that makes float32 itself
         return 0.0
 

@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 import hf_compress as hc
 from hf_compress.probe import quiet_run
 
-from .load import far, flat, outputs_of
+from .load import doubled, far, flat, outputs_of
 
 
 class Wrong(Exception):
@@ -62,7 +62,7 @@ def other_inputs(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
 
 def in_double(cut: Any, dense: Any, plan: hc.Plan, hand: Any, batch: dict) -> float:
     """What rounding alone may not explain: the difference in float64, from what was masked by hand if that can be done."""
-    batch = {k: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in batch.items()}
+    batch = doubled(batch)
     try:
         found = outputs_of(copy.deepcopy(cut).double(), batch)
         if hand is not None:

@@ -17,7 +17,7 @@ from .build import NotBuilt, build
 from .compare import Wrong, by_hand, in_double, line, other_inputs, same_bits
 from .effective import float_form, without_rounding
 from .idle import Call, idle_calls
-from .load import Died, Loader, far, outputs_of
+from .load import Died, Loader, doubled, far, outputs_of
 from .plans import EDITS, plan_for, special_ids
 from .signs import unseen
 from .types import class_name
@@ -132,11 +132,7 @@ def _cut(model: Any, dense: Any, plan: hc.Plan, inputs: Any, loader: Loader, pla
             apart = {name: call(model) for name, call in calls.items()}
     if alone:
         details["cut and not compared"] = alone
-    try:
-        hc.apply_(model, plan)
-    except BaseException:
-        _unchanged(model, dense, before, batch)
-        raise
+    _apply(model, dense, plan, before, batch)
     cut = outputs_of(model, batch)
     if far(masked, before) == 0:
         raise Wrong("the plan has no effect, so nothing was shown")
@@ -169,6 +165,14 @@ def _survive_apart(model: Any, calls: dict[str, Call]) -> None:
     for name, call in calls.items():
         if not same_bits(call(loaded), call(model)):
             raise Wrong(f"{name}, run by itself: what is loaded differs from what was saved")
+
+
+def _apply(model: Any, dense: Any, plan: hc.Plan, before: list[torch.Tensor], batch: dict) -> None:
+    try:
+        hc.apply_(model, plan)
+    except BaseException:
+        _unchanged(model, dense, before, batch)
+        raise
 
 
 def _unchanged(model: Any, dense: Any, before: list[torch.Tensor], batch: dict) -> None:
@@ -209,11 +213,7 @@ def _survives(model: Any, now: list[torch.Tensor], batch: dict, loader: Loader, 
 def _kind(model: Any, dense: Any, plan: hc.Plan, inputs: Any, loader: Loader, plain: Loader | None, details: dict) -> None:
     batch = other_inputs(dense, inputs)
     before = outputs_of(model, batch)
-    try:
-        hc.apply_(model, plan)
-    except BaseException:
-        _unchanged(model, dense, before, batch)
-        raise
+    _apply(model, dense, plan, before, batch)
     now = outputs_of(model, batch)
     inside = [e.module for e in plan] if far(now, before) == 0 else []  # CANINE's projection, which no class logit reads
     if inside and far(outputs_of(model, batch, inside), outputs_of(dense, batch, inside)) == 0:
@@ -221,7 +221,7 @@ def _kind(model: Any, dense: Any, plan: hc.Plan, inputs: Any, loader: Loader, pl
     form = outputs_of(float_form(copy.deepcopy(dense), model, plan), batch, inside)
     details["form"] = far(outputs_of(without_rounding(model), batch, inside), form)
     if details["form"] > 1e-4:
-        wide = {k: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in batch.items()}
+        wide = doubled(batch)
         double, other = without_rounding(model), float_form(copy.deepcopy(dense), model, plan)
         details["form_double"] = far(outputs_of(copy.deepcopy(double).double(), wide), outputs_of(other.double(), wide))
     if details["form"] > 1e-4 and not details["form_double"] <= CLOSE / 10:
@@ -233,11 +233,7 @@ def _exits(model: Any, dense: Any, plan: hc.Plan, inputs: Any, loader: Loader, p
     """With a threshold that nobody reaches, nothing changes; with one that everybody does, the first layers alone give the answer."""
     batch = other_inputs(dense, inputs)
     before = outputs_of(model, batch)
-    try:
-        hc.apply_(model, plan)
-    except BaseException:
-        _unchanged(model, dense, before, batch)
-        raise
+    _apply(model, dense, plan, before, batch)
     hc.set_exits_(model, threshold=1.0)
     details["never"] = far(outputs_of(model, batch)[:1], before[:1])
     if details["never"] > CLOSE:
@@ -286,11 +282,7 @@ def _vocabulary(
             mapped[name] = torch.searchsorted(kept, batch[name])
     before = outputs_of(model, batch)
     meant = [t[..., kept] if t.shape[-1] == size else t for t in before]
-    try:
-        hc.apply_(model, plan)
-    except BaseException:
-        _unchanged(model, dense, before, batch)
-        raise
+    _apply(model, dense, plan, before, batch)
     now = outputs_of(model, mapped)
     details["kept_logits"] = far(now, meant)
     if details["kept_logits"] > CLOSE:

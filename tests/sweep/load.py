@@ -71,6 +71,11 @@ def outputs_of(model: Any, inputs: dict[str, Any], inside: Iterable[str] = ()) -
             hook.remove()
 
 
+def doubled(batch: dict[str, Any]) -> dict[str, Any]:
+    """A batch with its numbers in float64."""
+    return {k: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in batch.items()}
+
+
 def flat(value: Any) -> list[torch.Tensor]:
     if isinstance(value, torch.Tensor):
         return [value.detach()] if value.is_floating_point() else []
