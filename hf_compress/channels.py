@@ -172,8 +172,9 @@ class Removal:
         self.roots = labels.find(np.arange(labels.count))
         self.gone = np.zeros(labels.count, dtype=bool)  # by root
         reasons = labels.reasons()
+        modules = dict(model.named_modules())
         for edit in edits:
-            name, module = find(model, original(edit.conv) or edit.conv)
+            name, module = find(model, original(edit.conv) or edit.conv, modules)
             rows = _rows(labels, name, module)
             self._check_writer(edit, name, module, rows)
             roots = self.roots[rows]

@@ -102,9 +102,12 @@ def with_numbers(config: Any, numbers: Mapping[str, Any] | None) -> Any:
     return type(config).from_dict(data)
 
 
-def unrecorded(model: nn.Module, layout: Layout | None) -> str | None:
-    """The first place where what a config records is not the model that it is in; None where loading would be right."""
-    stock = skeleton(model)
+def unrecorded(model: nn.Module, layout: Layout | None, stock: nn.Module | None = None) -> str | None:
+    """The first place where what a config records is not the model that it is in; None where loading would be right.
+
+    `stock`: a skeleton that was built from the config as it is; it is changed here.
+    """
+    stock = stock or skeleton(model)
     if stock is None:
         return "the config, which does not build this model again"
     if layout is not None:
@@ -191,8 +194,11 @@ def layers_differ(model: nn.Module, stock: nn.Module, paths: tuple[str, ...], to
     return None
 
 
-def stock_numbers(model: nn.Module, structure: Any, touched: Iterable[str]) -> dict[str, Any] | None:
+def stock_numbers(model: nn.Module, structure: Any, touched: Iterable[str]) -> tuple[dict[str, Any] | None, nn.Module | None]:
     """The config values under which plain transformers builds this model, or None: what makes a checkpoint *stock*.
+
+    Returns:
+        (those values, the skeleton that the config builds as it is).
 
     A guess (one size in all blocks of a config, written under the names that configs use) that is then checked: a
     skeleton built from it must have every shape and every number of the model.
@@ -230,17 +236,21 @@ def stock_numbers(model: nn.Module, structure: Any, touched: Iterable[str]) -> d
         {k: v for k, v in found.items() if vars(parts[k.rpartition(".")[0]]).get(k.rpartition(".")[2]) != v}
         for found in ({**numbers, **of_mixtures}, of_mixtures)
     )
-    candidates: list[dict[str, Any]] = [{}, every]
+    candidates: list[dict[str, Any]] = [every]
     if mixtures:  # shared experts look like blocks of their own, whose width has no name; groups may be there and not be used
         flat = {k: v for k, v in mixtures.items() if k.rpartition(".")[2] not in GROUPS}
         candidates += [mixtures, flat, {k: v for k, v in every.items() if k in flat or k not in mixtures}]
     blocks = (*structure.attentions, *structure.ffns)
     exact = {*touched, *(b.name for b in blocks), *(part.module for b in blocks for part in b.parts)}
-    for candidate in candidates:
-        stock = skeleton(model, candidate)
-        if stock is not None and differs(model, stock, exact) is None:
-            return candidate
-    return None
+    plain = skeleton(model)
+    if plain is not None and differs(model, plain, exact) is None:
+        return {}, plain
+    for i, candidate in enumerate(candidates):
+        if candidate and candidate not in candidates[:i]:
+            stock = skeleton(model, candidate)
+            if stock is not None and differs(model, stock, exact) is None:
+                return candidate, plain
+    return None, plain
 
 
 def _mixture_numbers(mixtures: Iterable[Any], parts: Mapping[str, Any]) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from .plan import Plan
 from .probe import NoInputs, probing, use_of_weights
 from .quantization import is_quantized
 from .refusals import check_foreign
-from .substitute import sharers
+from .substitute import sharers, weights_in
 
 logger = logging.get_logger(__name__)
 
@@ -90,11 +90,13 @@ def plan_low_rank(
         raise CompressionError(f"ratio is the fraction of a module's weights that stays, in (0, 1), got {ratio!r}.")
     model = _loaded(model)
     layers = tuple(f"{layer.name}." for layer in discover(model).layers)
+    modules_in = dict(model.named_modules())
+    holders = weights_in(modules_in)
     found = {
         name: module
-        for name, module in model.named_modules()
+        for name, module in modules_in.items()
         if type(module) in (nn.Linear, Conv1D, LockedLinear)
-        and not sharers(model, module)
+        and not sharers(module, holders)
         and (re.search(_pattern(modules, "modules"), name) if modules is not None else name.startswith(layers) or not layers)
     }
     if not found:
@@ -255,7 +257,9 @@ def plan_quantization(
     heads = _heads(model) if skip == HEADS else ()
     edits, seen = [], set()
     reasons: dict[str, str] = {}  # why a candidate stays as it is
+    holders = weights_in(dict(model.named_modules()))
     for name, module in candidates.items():
+        tied = sharers(module, holders)
         if (skip is not None and re.search(skip, name)) or f"{name}.".startswith(heads):
             reasons[name] = (
                 "output heads are left in full precision; pass skip=None"
@@ -268,9 +272,9 @@ def plan_quantization(
             reasons[name] = "it does not run on the inputs that were made for it; pass inputs="
         elif is_gated(module):
             reasons[name] = "it is masked; cut it first"
-        elif not {type(m) for _, m in sharers(model, module)} <= {nn.Linear, nn.Embedding}:
-            reasons[name] = f"it shares its weight with {sharers(model, module)[0][0]!r}, which cannot be quantized"
-        elif not embeddings and any(isinstance(other, nn.Embedding) for _, other in sharers(model, module)):
+        elif not {type(m) for _, m in tied} <= {nn.Linear, nn.Embedding}:
+            reasons[name] = f"it shares its weight with {tied[0][0]!r}, which cannot be quantized"
+        elif not embeddings and any(isinstance(other, nn.Embedding) for _, other in tied):
             reasons[name] = "it shares its weight with an embedding, and embeddings=False"
         elif id(module.weight) not in seen:
             seen.add(id(module.weight))

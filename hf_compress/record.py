@@ -67,8 +67,8 @@ def stamp_(
             hidden, layout = None, {k: v for k, v in layout.items() if k != "gates"}
     if gone:
         _record_layers(owner, layout, gone, numbers_before, undo)  # type: ignore[arg-type]
-    written = write_record(owner, layout, edits.to_dict(spans=True), hidden, undo)
-    place = unrecorded(owner, written)
+    written, built = write_record(owner, layout, edits.to_dict(spans=True), hidden, undo)
+    place = unrecorded(owner, written, built)
     if place is not None:
         raise CompressionError(
             f"Nothing was changed: this cut of {type(owner).__name__} could not be saved so that it loads again ({place} would "
@@ -78,11 +78,17 @@ def stamp_(
 
 def write_record(
     owner: PreTrainedModel, layout: dict, plan: dict[str, Any], masks: dict[str, Any] | None, undo: Undo
-) -> dict[str, Any] | None:
-    """Put a record into the config, or numbers alone where plain transformers then builds this model; the layout if any."""
+) -> tuple[dict[str, Any] | None, nn.Module | None]:
+    """Put a record into the config, or numbers alone where plain transformers then builds this model.
+
+    Returns:
+        (the layout if there is one, a skeleton that the config builds if one was made on the way).
+    """
     config = owner.config
-    structure = discover(owner)
-    stock = None if layout.get("layers") or masks or layout.get("exits") else stock_numbers(owner, structure, layout["modules"])
+    stock, built = None, None
+    # a config names no kinds of modules, layers, masks or exits
+    if not (layout.get("layers") or masks or layout.get("exits") or any("kinds" in e for e in layout["modules"].values())):
+        stock, built = stock_numbers(owner, discover(owner), layout["modules"])
     if stock is not None:
         config.__dict__.pop("quantization_config", None)
         if layout.get("names") == OWN:
@@ -106,7 +112,7 @@ def write_record(
     written = layout if stock is None else None
     host_caches_(owner, None if stock is not None else config.quantization_config, undo)
     _unlock_others(owner, written, undo)
-    return written
+    return written, None if stock else built  # numbers that were written since make it another
 
 
 def _name(owner: PreTrainedModel, layout: dict, undo: Undo) -> None:

@@ -57,10 +57,12 @@ def substitute_(
     changed: list[_Change] = []
     for _, owner in owners_in(model):
         undo.append(partial(host_quantized_, owner))
+    modules = dict(model.named_modules())
+    holders = weights_in(modules)
     with torch.inference_mode(False), torch.no_grad():
         for edit in tqdm(edits, desc="replace", unit="module", leave=False, disable=None, delay=3):
-            name, module = find(model, edit.module)
-            tied = sharers(model, module)
+            name, module = find(model, edit.module, modules)
+            tied = sharers(module, holders)
             _check(model, name, module, edit, tied)
             for other, sharer in [(name, module), *tied]:
                 before = _State(sharer)
@@ -75,15 +77,15 @@ def substitute_(
                 sharer.__dict__["hfc_kinds"] = kinds
                 record[other] = _entry(sharer, kinds)
                 changed.append((other, sharer, before, edit))
+            holders |= weights_in({other: sharer for other, sharer in [(name, module), *tied]})
     _prove(model, changed, inputs)
     for _, owner in owners_in(model):
         host_quantized_(owner)
     return record
 
 
-def find(model: nn.Module, name: str) -> tuple[str, nn.Module]:
-    """A module by its name, with or without the prefix of the base model."""
-    modules = dict(model.named_modules())
+def find(model: nn.Module, name: str, modules: Mapping[str, nn.Module]) -> tuple[str, nn.Module]:
+    """One of the modules of a model by its name, with or without the prefix of the base model."""
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
     for option in (name, prefix + name, name.removeprefix(prefix)):
         if option in modules and option:
@@ -235,14 +237,22 @@ def _kind(module: nn.Module) -> str:
     return f"{type(module).__module__}.{type(module).__name__}"
 
 
-def sharers(model: nn.Module, module: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Other modules that hold the same weight: an output head that is tied to the embedding."""
+Holders = dict[int, list[tuple[str, nn.Module]]]
+
+
+def weights_in(modules: Mapping[str, nn.Module]) -> Holders:
+    """The modules that hold each weight, by the weight's `id`: to be asked many times (see `sharers`)."""
+    holders: Holders = {}
+    for name, module in modules.items():
+        for weight in {id(p): p for p in module._parameters.values() if p is not None}:
+            holders.setdefault(weight, []).append((name, module))
+    return holders
+
+
+def sharers(module: nn.Module, holders: Holders) -> list[tuple[str, nn.Module]]:
+    """Other modules that hold a module's weight: an output head that is tied to the embedding."""
     weight = module._parameters.get("weight")
-    return [
-        (n, m)
-        for n, m in model.named_modules()
-        if m is not module and weight is not None and any(p is weight for p in m._parameters.values())
-    ]
+    return [] if weight is None else [(n, m) for n, m in holders.get(id(weight), ()) if m is not module]
 
 
 # --- proof -------------------------------------------------------------------------------------------------------

@@ -109,6 +109,17 @@ def test_rows_leave_and_the_others_do_not_notice(name):
     assert {n: type(m) for n, m in model.named_modules()} == classes
 
 
+def test_the_first_forward_gives_what_the_next_ones_do():
+    """Also in what nobody reads, as an encoder's states of rows that left in it."""
+    model, batch = built("t5")
+    hc.apply_(model, hc.Plan([hc.AddExits([1, 4])]))
+    hc.set_exits_(model, threshold=0.0)
+    first, second = ({k: v for k, v in model(**batch).items() if isinstance(v, torch.Tensor)} for _ in range(2))
+    assert "encoder_last_hidden_state" in first
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+
+
 def test_the_same_rows_in_other_batches():
     """One by one, and in a batch of another size: what was learned of tensors in one batch holds in the next."""
     for name in ("swin", "xlm", "bloom"):

@@ -32,7 +32,7 @@ from ..planners import HEADS, check_choice, plan_quantization
 from ..pruning.callback import PruningCallback
 from ..publish import card_in_
 from ..refusals import check_adapters
-from ..substitute import sharers
+from ..substitute import sharers, weights_in
 from ..surgery import apply_
 from .fake import fake_, is_fake, observe_, scales_of, unfake_
 
@@ -207,9 +207,10 @@ class QuantizationCallback(TrainerCallback):
     # --- rounding ----------------------------------------------------------------------------------------------
 
     def _round(self, checkpoint: Any) -> None:
+        holders = weights_in(dict(self._model.named_modules()))
         for edit in self._planned:
             module = self._model.get_submodule(edit.module)
-            for name, sharer in [(edit.module, module), *sharers(self._model, module)]:
+            for name, sharer in [(edit.module, module), *sharers(module, holders)]:
                 # of what is tied (a head to an embedding), only the weights are rounded: both hold the same integers
                 floats = edit.activations == "none" or sharer is not module or isinstance(module, nn.Embedding)
                 fake_(sharer, edit.bits, edit.group_size, None if floats else edit.activations)
@@ -267,10 +268,11 @@ class QuantizationCallback(TrainerCallback):
             return False
         tensors = load_file(os.fspath(path))
         self._frozen = bool(tensors.pop("frozen"))
+        holders = weights_in(dict(self._model.named_modules()))
         for edit in self._planned:
             module = self._modules[edit.module]
             device = next(module.parameters()).device
-            for sharer in [module, *(m for _, m in sharers(self._model, module))]:
+            for sharer in [module, *(m for _, m in sharers(module, holders))]:
                 for key in ("weight", "weight_in"):
                     scale = tensors.get(f"{edit.module}.{key}_scale")
                     zero = tensors.get(f"{edit.module}.{key}_zero")

@@ -163,8 +163,8 @@ def _record(owner: PreTrainedModel, undo: Undo) -> None:
     if "exits" in layout:  # thresholds may have been tuned since
         layout["exits"] = exit_options(owner)
     edits = Plan([edit for edit in before.plan if not isinstance(edit, Quantize)])
-    written = write_record(owner, layout, edits.to_dict(spans=True), before.masks_dict, undo)
-    place = unrecorded(owner, written)
+    written, built = write_record(owner, layout, edits.to_dict(spans=True), before.masks_dict, undo)
+    place = unrecorded(owner, written, built)
     if place is not None:
         raise CompressionError(
             f"Nothing was changed: the dequantized {type(owner).__name__} could not be saved so that it loads again ({place} "

@@ -7,6 +7,7 @@ import re
 import tempfile
 import time
 from collections.abc import Iterator
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -45,25 +46,61 @@ def judge_type(kind: str, edits: list[str], loader: Loader, plain: Loader | None
             continue
         if name not in built:
             try:
-                built[name] = build(kind, name)
+                model, inputs, variant = build(kind, name)
+                built[name] = Subject(model, inputs), variant
             except NotBuilt as error:
                 built[name] = str(error)
         row: dict[str, Any] = {"type": kind, "class": name, "edit": edit}
         if isinstance(built[name], str):
             row["verdict"] = f"not built: {built[name]}"
         else:
-            model, inputs, variant = built[name]
-            row.update(judge(model, inputs, edit, loader, plain), variant=variant)
+            subject, variant = built[name]
+            row.update(judge(subject, edit, loader, plain), variant=variant)
         row["seconds"] = round(time.perf_counter() - start, 2)
         row["cpu"] = round(time.process_time() - before, 2)
         yield row
+
+
+class Subject:
+    """A model and inputs for it, and what is asked of them for every edit: found once."""
+
+    def __init__(self, model: Any, inputs: dict[str, Any]) -> None:
+        self.model, self.inputs = model, inputs
+
+    @cached_property
+    def batch(self) -> dict[str, Any]:
+        return other_inputs(self.model, self.inputs)
+
+    @cached_property
+    def before(self) -> list[torch.Tensor]:
+        return outputs_of(self.model, self.batch)
+
+    @cached_property
+    def is_steady(self) -> bool:
+        return all(torch.equal(a, b) for a, b in zip(self.before, outputs_of(self.model, self.batch), strict=True))
+
+    @cached_property
+    def unseen(self) -> dict[str, dict[str, int]]:
+        return unseen(self.model)
+
+    @cached_property
+    def loads_whole(self) -> bool:
+        """Whether the model, before anything was done to it, loads from what `save_pretrained` writes."""
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                copy.deepcopy(self.model).save_pretrained(folder)
+                again = type(self.model).from_pretrained(folder).eval()
+            except Exception:
+                return False
+            return same_bits(outputs_of(again, self.inputs), outputs_of(self.model, self.inputs))
 
 
 class Dead(Exception):
     """Under the mask every output is constant (a ReLU at the end): nothing could be told by it."""
 
 
-def judge(model: Any, inputs: dict[str, Any], edit: str, loader: Loader, plain: Loader | None, seed: int = 0) -> dict[str, Any]:
+def judge(subject: Subject, edit: str, loader: Loader, plain: Loader | None, seed: int = 0) -> dict[str, Any]:
+    model = subject.model
     details: dict[str, Any] = {}
     torch.manual_seed(0)
     try:
@@ -73,7 +110,7 @@ def judge(model: Any, inputs: dict[str, Any], edit: str, loader: Loader, plain: 
         return {"verdict": "nothing to cut" if nothing else f"refused: {error}", "details": {"plan": str(error)[:200]}}
     except Exception as error:
         return {"verdict": f"wrong: making a plan raised {type(error).__name__}: {line(error)}"}
-    missed = unseen(model)
+    missed = subject.unseen
     if EDITS[edit][1] == "cut" and missed:
         details["unseen"] = missed
     if not plan.edits:
@@ -81,17 +118,17 @@ def judge(model: Any, inputs: dict[str, Any], edit: str, loader: Loader, plain: 
         details["discover_missed"] = any(missed.get(sign) for sign in signs)
         return {"verdict": "nothing to cut", "details": details}
     try:
-        JUDGES[EDITS[edit][1]](copy.deepcopy(model), model, plan, inputs, loader, plain, details)
+        JUDGES[EDITS[edit][1]](copy.deepcopy(model), subject, plan, loader, plain, details)
         verdict = "exact"
     except Dead:
         if seed < 4:
-            return judge(model, inputs, edit, loader, plain, seed + 1)
+            return judge(subject, edit, loader, plain, seed + 1)
         verdict = "wrong: under every mask that was tried the outputs are constant, so nothing was shown"
     except hc.CompressionError as error:
         verdict = f"refused: {line(error)}"
     except Wrong as error:
         verdict = f"wrong: {error}"
-        if "load" in verdict and not _loads_whole(model, inputs):
+        if "load" in verdict and not subject.loads_whole:
             verdict = "not built: what transformers itself saves of the whole model does not load again as it was"
     except Exception as error:
         verdict = f"wrong: raised {type(error).__name__}: {line(error)}"
@@ -110,10 +147,9 @@ def _where(error: BaseException) -> str:
     return found
 
 
-def _cut(model: Any, dense: Any, plan: hc.Plan, inputs: Any, loader: Loader, plain: Loader | None, details: dict) -> None:
-    batch = other_inputs(dense, inputs)
-    before = outputs_of(model, batch)
-    if not all(torch.equal(a, b) for a, b in zip(before, outputs_of(model, batch), strict=True)):
+def _cut(model: Any, subject: Subject, plan: hc.Plan, loader: Loader, plain: Loader | None, details: dict) -> None:
+    dense, batch, before = subject.model, subject.batch, subject.before
+    if not subject.is_steady:
         raise hc.CompressionError("(sweep) the forward gives something else each time")
     try:
         with hc.mask_(model, plan):
@@ -150,10 +186,10 @@ def _cut(model: Any, dense: Any, plan: hc.Plan, inputs: Any, loader: Loader, pla
         if not details["apart"][name] <= CLOSE:
             raise Wrong(f"{name}, run by itself: cut and mask differ by {details['apart'][name]:.1e} of the largest output")
     _survives(model, cut, batch, loader, plain, details)
-    if calls and _loads_whole(dense, inputs):
+    if calls and subject.loads_whole:
         _survive_apart(model, calls)
     if plain is not None:
-        generates(model, dense, plan, inputs, details)
+        generates(model, dense, plan, subject.inputs, details)
         trains(model, dense, plan, batch, details)
 
 
@@ -210,9 +246,8 @@ def _survives(model: Any, now: list[torch.Tensor], batch: dict, loader: Loader, 
                 raise Wrong("transformers without the plugin loads it in silence")
 
 
-def _kind(model: Any, dense: Any, plan: hc.Plan, inputs: Any, loader: Loader, plain: Loader | None, details: dict) -> None:
-    batch = other_inputs(dense, inputs)
-    before = outputs_of(model, batch)
+def _kind(model: Any, subject: Subject, plan: hc.Plan, loader: Loader, plain: Loader | None, details: dict) -> None:
+    dense, batch, before = subject.model, subject.batch, subject.before
     _apply(model, dense, plan, before, batch)
     now = outputs_of(model, batch)
     inside = [e.module for e in plan] if far(now, before) == 0 else []  # CANINE's projection, which no class logit reads
@@ -229,10 +264,9 @@ def _kind(model: Any, dense: Any, plan: hc.Plan, inputs: Any, loader: Loader, pl
     _survives(model, now, batch, loader, plain, details)
 
 
-def _exits(model: Any, dense: Any, plan: hc.Plan, inputs: Any, loader: Loader, plain: Loader | None, details: dict) -> None:
+def _exits(model: Any, subject: Subject, plan: hc.Plan, loader: Loader, plain: Loader | None, details: dict) -> None:
     """With a threshold that nobody reaches, nothing changes; with one that everybody does, the first layers alone give the answer."""
-    batch = other_inputs(dense, inputs)
-    before = outputs_of(model, batch)
+    dense, batch, before = subject.model, subject.batch, subject.before
     _apply(model, dense, plan, before, batch)
     hc.set_exits_(model, threshold=1.0)
     details["never"] = far(outputs_of(model, batch)[:1], before[:1])
@@ -256,21 +290,9 @@ def _exits(model: Any, dense: Any, plan: hc.Plan, inputs: Any, loader: Loader, p
         raise Wrong(f"rows that are all sure go on: {details['rows in each layer']}")
 
 
-def _loads_whole(model: Any, inputs: dict[str, Any]) -> bool:
-    """Whether the model, before anything was done to it, loads from what `save_pretrained` writes."""
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            model.save_pretrained(folder)
-            again = type(model).from_pretrained(folder).eval()
-        except Exception:
-            return False
-        return same_bits(outputs_of(again, inputs), outputs_of(model, inputs))
-
-
-def _vocabulary(
-    model: Any, dense: Any, plan: hc.Plan, inputs: Any, loader: Loader, plain: Loader | None, details: dict
-) -> None:
+def _vocabulary(model: Any, subject: Subject, plan: hc.Plan, loader: Loader, plain: Loader | None, details: dict) -> None:
     """The logits of the tokens that stay, on texts of tokens that stay, are what they were."""
+    dense, inputs = subject.model, subject.inputs
     kept = torch.tensor(next(iter(plan)).tokens)  # type: ignore[union-attr]
     size = dense.get_input_embeddings().num_embeddings
     special = special_ids(dense, size)
