@@ -72,6 +72,9 @@ class KeepHeads:
         attention (`str`): the attention's name, as `discover` gives it.
         heads (`Sequence[int]`): indices of the query heads that stay: whole key/value groups, or the same number of
             query heads in every group that stays.
+        given (`bool`, defaults to `False`): the output projection becomes what is in the plan's tensors, as
+            `"{attention}.out_weight"` (out, columns that stay) and `"{attention}.out_bias"`: second-order pruning computes
+            them (`prune_to`).
 
     Raises:
         CompressionError: an index is negative, named twice or not a whole number, or none is left.
@@ -81,16 +84,18 @@ class KeepHeads:
     ```python
     >>> from hf_compress import KeepHeads
     >>> KeepHeads("encoder.layer.0.attention.self", [3, 0])
-    KeepHeads(attention='encoder.layer.0.attention.self', heads=(0, 3))
+    KeepHeads(attention='encoder.layer.0.attention.self', heads=(0, 3), given=False)
 
     ```
     """
 
     attention: str
     heads: tuple[int, ...]
+    given: bool = False
 
     def __post_init__(self) -> None:
         _name(self.attention, "KeepHeads.attention")
+        _choice(self.given, (False, True), f"KeepHeads({self.attention!r}).given")
         object.__setattr__(self, "heads", _indices(self.heads, f"KeepHeads({self.attention!r}).heads"))
 
 
@@ -101,6 +106,7 @@ class KeepNeurons:
     Args:
         ffn (`str`): the block's name, as `discover` gives it.
         neurons (`Sequence[int]`): indices of the neurons that stay.
+        given (`bool`, defaults to `False`): as for `KeepHeads`, with `"{ffn}.out_weight"` and `"{ffn}.out_bias"`.
 
     Raises:
         CompressionError: an index is negative, named twice or not a whole number, or none is left.
@@ -110,16 +116,18 @@ class KeepNeurons:
     ```python
     >>> from hf_compress import KeepNeurons
     >>> KeepNeurons("encoder.layer.0", range(3))
-    KeepNeurons(ffn='encoder.layer.0', neurons=(0, 1, 2))
+    KeepNeurons(ffn='encoder.layer.0', neurons=(0, 1, 2), given=False)
 
     ```
     """
 
     ffn: str
     neurons: tuple[int, ...]
+    given: bool = False
 
     def __post_init__(self) -> None:
         _name(self.ffn, "KeepNeurons.ffn")
+        _choice(self.given, (False, True), f"KeepNeurons({self.ffn!r}).given")
         object.__setattr__(self, "neurons", _indices(self.neurons, f"KeepNeurons({self.ffn!r}).neurons"))
 
 

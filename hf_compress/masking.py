@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
+from .compensation import Compensation
 from .discover import Attention, discover
 from .edits import CompressionError, KeepHeads, KeepNeurons
 from .mixtures import close_
@@ -18,7 +20,7 @@ from .resolve import Resolved
 class Mask:
     """What `mask_` returns: the mask is on until `.remove()`, or until the end of a `with` block."""
 
-    def __init__(self, model: nn.Module, resolved: Resolved) -> None:
+    def __init__(self, model: nn.Module, resolved: Resolved, new: Sequence[Compensation] = ()) -> None:
         if not isinstance(model, nn.Module) or not isinstance(resolved, Resolved):
             raise CompressionError(
                 f"A Mask is made by mask_(model, plan), got {type(model).__name__}, {type(resolved).__name__}."
@@ -39,6 +41,7 @@ class Mask:
             masks[id(self)] = hidden.to(gate.device) if before is None else hidden.to(gate.device) * before
             _combine(module)
             self._gated.append(module)
+        self._back = [one.simulate(model.get_submodule(one.block.out)) for one in new]
         for mixture, kept in resolved.mixtures:
             self._hooks += close_(mixture, model.get_submodule(mixture.name), kept)
         for path, kept in resolved.removed.items():
@@ -48,6 +51,8 @@ class Mask:
 
     def remove(self) -> None:
         """Take this mask off; what other masks hide stays hidden. A second call does nothing."""
+        while self._back:
+            self._back.pop()()
         while self._gated:
             module = self._gated.pop()
             module.__dict__.get("hfc_masks", {}).pop(id(self), None)

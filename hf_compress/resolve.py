@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -54,6 +55,10 @@ class Resolved:
         """The layers that stay, of every stack that loses some."""
         sizes = {path: len([x for x in self.structure.layers if x.path == path]) for path in self.layers}
         return {path: kept for path, kept in self.layers.items() if len(kept) < sizes[path]}
+
+    def named(self, name: str, blocks: Iterable[str], model: nn.Module) -> str:
+        """A block's name in the model as it is, from what an edit calls it."""
+        return _find(name, list(blocks), "block", model, self)
 
     def is_gone(self, name: str) -> bool:
         return any(

@@ -12,9 +12,10 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers.pytorch_utils import Conv1D
 
+from . import compensation
 from .cutting import Undo
 from .discover import nearest
-from .edits import CompressionError, DepthwiseSeparable, LowRank, Quantize
+from .edits import CompressionError, DepthwiseSeparable, KeepHeads, KeepNeurons, LowRank, Quantize
 from .fits import best_kernels, best_rank, compose_kernels
 from .kinds import low_rank_, not_separable, separable_
 from .loader import host_quantized_
@@ -180,6 +181,8 @@ def names_given(edit: Any) -> set[str]:
     """The tensors of a plan that an edit uses."""
     if not getattr(edit, "given", False):
         return set()
+    if isinstance(edit, KeepHeads | KeepNeurons):
+        return set(compensation.names_given(edit))
     keys = ("weight", "weight_in") if isinstance(edit, LowRank) else SCALES
     return {f"{edit.module}.{key}" for key in keys}
 

@@ -13,6 +13,7 @@ from torch import nn
 from transformers.utils import logging
 
 from .channel_proof import channel_gates, channels_
+from .compensation import compensations
 from .cutting import Undo, Variant, cut_
 from .discover import Part
 from .edits import AddExits, CompressionError, KeepChannels, KeepExperts, KeepHeads, KeepVocabulary
@@ -44,7 +45,7 @@ def mask_(model: nn.Module, plan: Plan, *, inputs: Mapping[str, Any] | None = No
     wherever they are summed over; layers that go are skipped; a router scores the experts that go with minus infinity. What
     is masked gets no gradient and cannot grow back. Nothing is computed faster. Several masks hide what any of them hides.
     `save_pretrained` under a mask writes the masked heads, neurons and channels as zeros; skipped layers and experts are
-    written as they are.
+    written as they are. Where cuts bring weights along (`given=True`), the projections hold them until the mask is removed.
 
     Args:
         model (`nn.Module`): the model, changed in place until the mask is removed.
@@ -81,8 +82,9 @@ def mask_(model: nn.Module, plan: Plan, *, inputs: Mapping[str, Any] | None = No
     channels = [edit for edit in edits if isinstance(edit, KeepChannels)]
     resolved = resolve(model, Plan(edit for edit in edits if edit not in channels) if channels else plan)
     check_modules(model, resolved.cuts)
+    new = compensations(model, plan, resolved)
     resolved.gates = channel_gates(model, channels, inputs, resolved)
-    return Mask(model, resolved)
+    return Mask(model, resolved, new)
 
 
 def apply_(model: nn.Module, plan: Plan, *, inputs: Mapping[str, Any] | None = None) -> nn.Module:
@@ -273,7 +275,8 @@ def _cut(
 ) -> None:
     resolved = resolve(model, plan)
     cuts, removed = resolved.cuts, resolved.removed
-    if not cuts and not removed:
+    new = [one for one in compensations(model, plan, resolved) if not resolved.is_gone(one.block.name)]
+    if not cuts and not removed and not new:
         return
     if removed and any("exit_heads" in module._modules for module in model.modules()):
         raise CompressionError(
@@ -283,7 +286,7 @@ def _cut(
     check_modules(model, cuts)
     check_masks(model, cuts)
     check_experts(model, cuts)
-    touched = [cut.block.name for cut in cuts] + list(removed)
+    touched = [cut.block.name for cut in cuts] + [one.block.name for one in new] + list(removed)
     owners = [(n, o) for n, o in owners_in(model) if not n or any(t.startswith(f"{n}.") for t in touched)]
     numbers = {name: config_numbers(owner) for name, owner in owners}
     proved = _prove_all(model, resolved, inputs)
@@ -298,6 +301,8 @@ def _cut(
         for cut in cuts:
             for name, entry in cut_(model.get_submodule, cut, proved[cut.block.name], undo).items():
                 record[renamed(name, removed) or name] = joined(record.get(renamed(name, removed) or name), entry)
+        for one in new:
+            one.put(model.get_submodule(one.block.out), undo)  # type: ignore[arg-type]
         for name, entry in remove_layers_(model, removed, undo).items():
             record[name] = joined(record.get(name), entry)
     for name, owner in owners:

@@ -1,0 +1,126 @@
+"""Weights that cuts bring along: what an output projection becomes so that what stays does the work of what goes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from .cutting import Block, unit_columns
+from .discover import Attention
+from .edits import CompressionError, KeepHeads, KeepNeurons
+from .later import Later
+from .modules import GatedConv1D, GatedLinear, LockedLinear
+from .plan import Plan
+from .resolve import Resolved
+
+TAKES = (nn.Linear, Conv1D, LockedLinear, GatedLinear, GatedConv1D)
+
+
+def names_given(edit: KeepHeads | KeepNeurons) -> tuple[str, str]:
+    """The tensors that belong to an edit with `given=True`: the output projection's weight (out, columns that stay), bias."""
+    name = edit.attention if isinstance(edit, KeepHeads) else edit.ffn
+    return f"{name}.out_weight", f"{name}.out_bias"
+
+
+@dataclass(frozen=True)
+class Compensation:
+    """New weights for one block's output projection: `weight` (out, columns) for the input columns that stay."""
+
+    block: Block
+    columns: torch.Tensor
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+
+    def put(self, module: nn.Module, undo: Later) -> None:
+        """Into the projection once it is cut."""
+        self._set(module, "weight", self.weight.T if isinstance(module, Conv1D) else self.weight, undo)
+        if self.bias is not None:
+            self._set(module, "bias", self.bias, undo)
+
+    @staticmethod
+    def _set(module: nn.Module, key: str, value: torch.Tensor, undo: Later) -> None:
+        before = module._parameters[key]
+        assert before is not None
+        device = undo.forget(module, key) or before.device  # the slice that waits for its making is not wanted any more
+        new = nn.Parameter(value.to(device, before.dtype).contiguous(), requires_grad=before.requires_grad)
+        undo.append(partial(module._parameters.__setitem__, key, before))
+        module._parameters[key] = new
+
+    def simulate(self, module: Any) -> Callable[[], None]:
+        """Into the projection at its full width, under a mask; gives the function that takes it back."""
+        before = {
+            key: p.detach().clone() for key, p in module._parameters.items() if p is not None and key in ("weight", "bias")
+        }
+        with torch.no_grad():
+            weight = module.weight.T if isinstance(module, Conv1D) else module.weight
+            weight[:, self.columns.to(weight.device)] = self.weight.to(weight)
+            if self.bias is not None:
+                module.bias.copy_(self.bias)
+
+        def back() -> None:
+            with torch.no_grad():
+                for key, value in before.items():
+                    module._parameters[key].copy_(value)
+
+        return back
+
+
+def compensations(model: nn.Module, plan: Plan, resolved: Resolved) -> list[Compensation]:
+    """What the cuts of a plan bring along, checked against the model; nothing is changed.
+
+    Raises:
+        CompressionError: a tensor is missing, has another shape or holds NaN; a later edit cuts the same block again; the
+            block has no output projection of its own.
+    """
+    found: dict[str, Compensation] = {}
+    blocks = {block.name: block for block in (*resolved.structure.attentions, *resolved.structure.ffns)}
+    for edit in plan.edits:
+        if not isinstance(edit, KeepHeads | KeepNeurons):
+            continue
+        name = resolved.named(edit.attention if isinstance(edit, KeepHeads) else edit.ffn, blocks, model)
+        what = f"{type(edit).__name__}({name!r})"
+        if name in found:
+            raise CompressionError(
+                f"{what} comes twice, and the first was planned with weights for the units that stay after it. Make one plan "
+                "for both (plan again on the model that the first one left)."
+            )
+        if edit.given:
+            found[name] = _checked(model, blocks[name], edit, plan.tensors or {}, resolved, what)
+    return list(found.values())
+
+
+def _checked(
+    model: nn.Module, block: Block, edit: Any, tensors: Mapping[str, torch.Tensor], resolved: Resolved, what: str
+) -> Compensation:
+    module = model.get_submodule(block.out)
+    if block.consumer is not None or type(module) not in TAKES or getattr(block, "twins", ()):
+        raise CompressionError(
+            f"{what} was planned with weights, and {block.out!r} ({type(module).__name__}) is no Linear of this block alone. "
+            "Plan it without compensation."
+        )
+    weight, bias = (tensors.get(name) for name in names_given(edit))
+    if weight is None:
+        raise CompressionError(
+            f"{what} was planned with tensors ({names_given(edit)[0]}), which this plan does not carry; without them it would "
+            "be cut uncompensated. Use the plan that its planner returned, or Plan.load(folder)."
+        )
+    kept = resolved.heads[block.name] if isinstance(block, Attention) else resolved.neurons[block.name]
+    columns = torch.isin(unit_columns(block), torch.tensor(kept)).nonzero().flatten()
+    outputs = module.weight.shape[1 if isinstance(module, Conv1D) else 0]  # type: ignore[union-attr,index]
+    if tuple(weight.shape) != (outputs, len(columns)):
+        raise CompressionError(
+            f"{what} brings weights of shape {tuple(weight.shape)} for {block.out!r}; with what stays, ({outputs}, "
+            f"{len(columns)}) were expected. The plan belongs to another model."
+        )
+    if bias is not None and (module._parameters.get("bias") is None or tuple(bias.shape) != (outputs,)):
+        raise CompressionError(f"{what} brings a bias of shape {tuple(bias.shape)} for {block.out!r}, which takes none such.")
+    for tensor in (weight, bias):
+        if tensor is not None and not bool(tensor.isfinite().all()):
+            raise CompressionError(f"The weights that {what} brings hold NaN or infinite values; make the plan again.")
+    return Compensation(block, columns, weight, bias)

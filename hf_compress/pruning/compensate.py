@@ -1,0 +1,120 @@
+"""Second-order pruning to given sizes: what to keep of each block, and the weights that make up for the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+from ..compensation import names_given
+from ..cutting import Block
+from ..discover import Attention
+from ..edits import KeepHeads, KeepNeurons
+from ..modules import dense_weight
+from ..plan import Plan
+from .calibrate import Calibration, weights
+from .select import heads_of, units_of
+from .surgeon import Regression, removals
+
+DAMPING = 0.01
+
+
+@dataclass(frozen=True)
+class Curve:
+    """What a block loses by size: `errors[k]`, with k units gone, as a share of the mean square of its output."""
+
+    units: int
+    errors: torch.Tensor
+
+
+def curves(
+    calibration: Calibration, damping: float = DAMPING, scales: Mapping[str, torch.Tensor] | None = None
+) -> dict[str, Curve]:
+    """Every block of the dense model at every size, in one pass over its layers.
+
+    Args:
+        calibration (`Calibration`): of the model.
+        damping (`float`, defaults to 0.01): see `Regression`.
+        scales (`dict[str, torch.Tensor]`, *optional*): by block, the weight of each output, (out,); without, errors are
+            divided by the mean square of the block's output.
+    """
+    found: dict[str, Curve] = {}
+    for segment in tqdm(calibration.segments, desc="curves", unit="layer", leave=False, disable=None, delay=3):
+        calibration.begin(segment, False)
+        groups = [segment.blocks] if segment.path else [[block] for block in segment.blocks]
+        for moments in (calibration.moments(segment, group) for group in groups):
+            for block in segment.blocks:
+                if block.name not in moments:
+                    continue
+                module: Any = calibration.modules[block.out]
+                bias = getattr(module, "bias", None)
+                regression = Regression(moments[block.name], dense_weight(module), bias, damping)
+                scale = None if scales is None else scales[block.name]
+                _, errors = removals(regression, units_of(block), scale)
+                if scale is None:
+                    errors = errors / errors[-1].clamp_min(1e-12)
+                found[block.name] = Curve(len(errors) - 1, errors)
+    return found
+
+
+def compensated(calibration: Calibration, sizes: Mapping[str, int], damping: float = DAMPING) -> tuple[Plan, dict[str, float]]:
+    """The plan that leaves each block so many units, with the weights of its projections.
+
+    Layers in order: what later ones are calibrated on is the model as it is cut by then.
+
+    Returns:
+        (the plan, by block the share of its output's variance that is lost).
+    """
+    model, new = calibration.model, {}
+    edits: dict[str, KeepHeads | KeepNeurons] = {}
+    tensors: dict[str, torch.Tensor] = {}
+    lost: dict[str, float] = {}
+    for segment in tqdm(calibration.segments, desc="prune", unit="layer", leave=False, disable=None, delay=3):
+        calibration.begin(segment, False)
+        with weights(model, new):
+            calibration.begin(segment, True) if new else calibration.share(segment)
+        mine = [block for block in segment.blocks if block.name in sizes]
+        for group in [mine] if segment.path else [[block] for block in mine]:
+            targets = calibration.targets(segment, group)
+            for block in group:
+                with weights(model, new):
+                    moments = calibration.regression(segment, block, targets.pop(block.name))
+                module: Any = calibration.modules[block.out]
+                bias = getattr(module, "bias", None)
+                regression = Regression(moments, dense_weight(module), bias, damping)
+                units = units_of(block)
+                order, errors = removals(regression, units)
+                kept = order[len(order) - sizes[block.name] :].sort().values
+                columns = torch.isin(units, kept).nonzero().flatten()
+                weight, shift = regression.solve(columns)
+                lost[block.name] = float(errors[len(order) - sizes[block.name]] / errors[-1].clamp_min(1e-12))
+                full = torch.zeros_like(dense_weight(module))
+                full[:, columns.to(full.device)] = weight.to(full)
+                new[block.out] = (full, None if shift is None else shift.to(full))
+                edits[block.name] = _edit(block, kept)
+                names = names_given(edits[block.name])
+                tensors[names[0]] = weight.to(full).cpu()
+                if shift is not None:
+                    tensors[names[1]] = shift.to(full).cpu()
+        with weights(model, new):
+            calibration.advance(segment)
+    order_of = [block.name for block in calibration.blocks]
+    return Plan(sorted(edits.values(), key=lambda edit: order_of.index(_name(edit))), tensors), lost
+
+
+def _edit(block: Block, kept: torch.Tensor) -> KeepHeads | KeepNeurons:
+    if isinstance(block, Attention):
+        return KeepHeads(block.name, tuple(heads_of(block, kept.tolist())), given=True)
+    return KeepNeurons(block.name, tuple(kept.tolist()), given=True)
+
+
+def _name(edit: KeepHeads | KeepNeurons) -> str:
+    return edit.attention if isinstance(edit, KeepHeads) else edit.ffn
+
+
+def unit_counts(blocks: Sequence[Block]) -> dict[str, int]:
+    """How many units each block has: heads, kv groups or neurons."""
+    return {block.name: int(units_of(block)[-1]) + 1 for block in blocks}

@@ -1,0 +1,220 @@
+r"""Optimal brain surgeon on groups of columns: which to take out of a projection, and what the others become.
+
+A projection `y = W x + b` loses columns of `W` in groups (a head's, a neuron's). What it then gives should be as close as it
+can be to a target `t` in the mean over calibration rows,
+
+    E |t - V x - c|^2 + damping |V - W|^2,    V zero in the columns that went.
+
+With the second moments `H = E[x x'] + damping` and `T = E[t x'] + damping W` (centred where there is a bias, which then takes
+up the means), the best `V` without a constraint is `T H^-1`, and taking a group `S` out of the best that there is costs
+
+    tr(V_S (P_SS)^-1 V_S'),    V -= V_S (P_SS)^-1 P_S:,    P -= P_:S (P_SS)^-1 P_S:,    P = H^-1
+
+(Hassibi and Stork 1993; row-wise: Frantar and Alistarh 2022, *Optimal brain compression*; on structures: Kurtic et al. 2023,
+*ZipLM*, arXiv:2302.04089). One group at a time goes, the cheapest, so of two that say the same only one is lost.
+
+The scores need no `V`, only `A = V' V`, which changes like `P`: each removal is a correction of low rank of both, gathered and
+applied in blocks, as matrix products. What `V` is for one size is solved for when it is asked for.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+BLOCK = 64  # removals whose corrections are applied together
+
+
+@dataclass
+class Moments:
+    """What calibration rows say of one projection: counts and sums, so that those of several processes add up.
+
+    Args:
+        count: rows, or the sum of their weights.
+        xx: sum of `x x'`, shape (in, in).
+        x: sum of `x`, shape (in,).
+        tx: sum of `t x'`, shape (out, in).
+        t: sum of `t`, shape (out,).
+    """
+
+    count: float
+    xx: torch.Tensor
+    x: torch.Tensor
+    tx: torch.Tensor
+    t: torch.Tensor
+
+    @classmethod
+    def empty(cls, inputs: int, outputs: int, device: torch.device | str = "cpu") -> Moments:
+        def zeros(*shape: int) -> torch.Tensor:
+            return torch.zeros(shape, device=device)
+
+        return cls(0.0, zeros(inputs, inputs), zeros(inputs), zeros(outputs, inputs), zeros(outputs))
+
+    def add_(self, x: torch.Tensor, t: torch.Tensor) -> None:
+        """More rows: x of shape (rows, in), t of shape (rows, out)."""
+        x, t = x.float(), t.float()
+        self.add_inputs_(x)
+        self.tx.addmm_(t.T, x)
+        self.t += t.sum(0)
+
+    def add_inputs_(self, x: torch.Tensor) -> None:
+        """More rows of what enters, where the target follows from it (`of_own_output_`)."""
+        x = x.float()
+        self.count += len(x)
+        self.xx.addmm_(x.T, x)
+        self.x += x.sum(0)
+
+    def of_own_output_(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        """The target is what the projection itself gives."""
+        self.tx, self.t = weight.detach().float() @ self.xx, weight.detach().float() @ self.x
+        if bias is not None:
+            self.tx += bias.detach().float()[:, None] * self.x
+            self.t += bias.detach().float() * self.count
+
+
+class Regression:
+    """The least-squares problem of one projection: its best weights for any choice of columns.
+
+    Args:
+        moments (`Moments`): of the calibration rows.
+        weight (`torch.Tensor`): W, shape (out, in): what the damping pulls to.
+        bias (`torch.Tensor`, *optional*): b, shape (out,). Without one, nothing takes up a mean.
+        damping (`float`, defaults to 0.01): as a fraction of the mean of the diagonal of `E[x x']`.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from hf_compress.pruning.surgeon import Moments, Regression, removals
+    >>> _ = torch.manual_seed(0)
+    >>> x, weight = torch.randn(64, 3), torch.randn(2, 3)
+    >>> x[:, 2] = x[:, 0]  # two columns say the same
+    >>> moments = Moments.empty(3, 2)
+    >>> moments.add_(x, x @ weight.T)
+    >>> regression = Regression(moments, weight, None, damping=1e-6)
+    >>> order, errors = removals(regression, torch.arange(3))
+    >>> order[0].item() in (0, 2), errors[1].item() < 1e-4 < errors[2].item()
+    (True, True)
+    >>> new, _ = regression.solve(order[1:].sort().values)
+    >>> torch.allclose(x[:, order[1:].sort().values] @ new.T, x @ weight.T, atol=1e-3)
+    True
+
+    ```
+    """
+
+    def __init__(self, moments: Moments, weight: torch.Tensor, bias: torch.Tensor | None, damping: float = 0.01) -> None:
+        n = max(moments.count, 1.0)
+        weight = weight.detach().to(moments.xx.device, torch.float64)
+        second, cross = moments.xx.double() / n, moments.tx.double() / n
+        self.mean, self.target_mean = moments.x.double() / n, moments.t.double() / n
+        self.has_bias = bias is not None
+        if self.has_bias:
+            second = second - self.mean[:, None] * self.mean
+            cross = cross - self.target_mean[:, None] * self.mean
+        # of what varies, but never nothing: columns that are all zero stay as they are
+        amount = damping * second.diagonal().mean().clamp_min(1e-12)
+        self.second = second + amount * torch.eye(len(second), dtype=torch.float64, device=second.device)
+        self.cross = cross + amount * weight
+
+    def inverse(self) -> torch.Tensor:
+        return torch.cholesky_inverse(torch.linalg.cholesky(self.second))
+
+    def solve(self, columns: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The best weights on these columns alone, (out, columns), and the bias that belongs to them."""
+        columns = columns.to(self.second.device)
+        factor = torch.linalg.cholesky(self.second[columns][:, columns])
+        weight = torch.cholesky_solve(self.cross[:, columns].T, factor).T
+        bias = self.target_mean - weight @ self.mean[columns] if self.has_bias else None
+        return weight.float(), None if bias is None else bias.float()
+
+
+def removals(
+    regression: Regression, units: torch.Tensor, scale: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The order in which units go, the cheapest first, and what it costs.
+
+    Args:
+        regression (`Regression`): of the projection.
+        units (`torch.Tensor`): the unit of each column, shape (in,), from 0; equally many columns each.
+        scale (`torch.Tensor`, *optional*): the weight of each output in the error, shape (out,); ones by default.
+
+    Returns:
+        (units in the order in which they go, all but none left out; errors of shape (units + 1,): the increase of the mean
+        squared error when so many have gone, 0 for none).
+    """
+    count = int(units.max()) + 1
+    columns = units.to(regression.second.device).argsort(stable=True)  # units side by side
+    size = len(units) // count
+    inverse = regression.inverse()
+    best = regression.cross @ inverse
+    scaled = best if scale is None else best * scale.to(best).sqrt()[:, None]
+    inverse, products = inverse[columns][:, columns], scaled.T @ scaled
+    products = products[columns][:, columns]
+    order, costs = (_singles if size == 1 else _groups)(inverse, products, count)
+    errors = torch.cat([torch.zeros(1, dtype=torch.float64), torch.tensor(costs, dtype=torch.float64).cumsum(0)])
+    return torch.tensor(order), errors
+
+
+def _singles(inverse: torch.Tensor, products: torch.Tensor, count: int) -> tuple[list[int], list[float]]:
+    """One column a unit. Corrections of `P` and `A` wait in `rows` until a block of them is full."""
+    alive = torch.arange(count, device=inverse.device)
+    gone = torch.zeros(count, dtype=torch.bool, device=inverse.device)
+    order: list[int] = []
+    costs: list[float] = []
+    while len(order) < count:
+        many = min(BLOCK, count - len(order))
+        own, squares = inverse.diagonal().clone(), products.diagonal().clone()
+        own[gone] = 1.0
+        rows = inverse.new_zeros(many, len(alive))  # h of each removal
+        pairs = inverse.new_zeros(many, len(alive))  # c of each: A -= c h' + h c'
+        pivots = inverse.new_zeros(many)
+        for i in range(many):
+            at = int((squares / own).masked_fill_(gone, float("inf")).argmin())
+            before = rows[:i, at]
+            row = torch.addmv(inverse[at], rows[:i].T, pivots[:i] * before, alpha=-1)
+            pair = torch.addmv(products[at], rows[:i].T, pairs[:i, at], alpha=-1).addmv_(pairs[:i].T, before, alpha=-1)
+            pivot, cost = row[at].clone(), pair[at].clone()
+            row /= pivot
+            pair.sub_(row, alpha=0.5 * float(cost))
+            order.append(int(alive[at]))
+            costs.append(max(float(cost / pivot), 0.0))
+            rows[i], pairs[i], pivots[i] = row, pair, pivot
+            gone[at] = True
+            own.addcmul_(row, row * pivot, value=-1)
+            squares.addcmul_(pair, row, value=-2).clamp_min_(0)
+            own[at] = 1.0
+        inverse.addmm_(rows.T, pivots[:, None] * rows, alpha=-1)
+        products.addmm_(pairs.T, rows, alpha=-1).addmm_(rows.T, pairs, alpha=-1)
+        if int(gone.sum()) > 0.3 * len(alive):  # what is gone costs time until it is left out, and leaving out does too
+            stay = (~gone).nonzero().flatten()
+            inverse, products = (m.index_select(0, stay).index_select(1, stay) for m in (inverse, products))
+            alive, gone = alive[stay], gone[stay]
+    return order, costs
+
+
+def _groups(inverse: torch.Tensor, products: torch.Tensor, count: int) -> tuple[list[int], list[float]]:
+    """Several columns a unit: a head's, or those of a kv group."""
+    size = len(inverse) // count
+    alive = torch.arange(count, device=inverse.device)
+    order: list[int] = []
+    costs: list[float] = []
+    while len(alive):
+        n = len(alive)
+        here = torch.arange(n, device=inverse.device)
+        own = inverse.view(n, size, n, size)[here, :, here]
+        squares = products.view(n, size, n, size)[here, :, here]
+        scores = torch.linalg.solve(own, squares).diagonal(dim1=1, dim2=2).sum(1)
+        at = int(scores.argmin())
+        order.append(int(alive[at]))
+        costs.append(max(float(scores[at]), 0.0))
+        inside = torch.arange(at * size, (at + 1) * size, device=inverse.device)
+        stay = torch.cat(
+            [torch.arange(at * size, device=inverse.device), torch.arange((at + 1) * size, n * size, device=inverse.device)]
+        )
+        rows = torch.linalg.solve(own[at], inverse[inside][:, stay])
+        cross = products[stay][:, inside] @ rows
+        inverse = inverse[stay][:, stay] - inverse[stay][:, inside] @ rows
+        products = products[stay][:, stay] - cross - cross.T + rows.T @ squares[at] @ rows
+        alive = torch.cat([alive[:at], alive[at + 1 :]])
+    return order, costs
