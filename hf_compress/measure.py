@@ -6,7 +6,6 @@ import hashlib
 import math
 import os
 import platform
-import random
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -19,7 +18,6 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.flop_counter import FlopCounterMode
-from tqdm.auto import tqdm
 from transformers.pytorch_utils import Conv1D
 
 from .about import check_about, is_repo_id, seen
@@ -28,7 +26,8 @@ from .edits import CompressionError
 from .probe import quiet_run
 from .quantization import is_quantized
 from .quantization.kernels import has_integer_kernels
-from .report import Cost, Latency, Report, Timing
+from .report import Cost, Report, Timing
+from .timing import latency_of, speedup_of, take_turns, wait
 
 Metrics = Mapping[str, float] | Callable[[nn.Module], Mapping[str, float]] | None
 
@@ -116,11 +115,11 @@ def measure(
         quiet = [stack.enter_context(quiet_run(m, exits=True)) for m in models]
         runs = [_runner(run, m, inputs) for run, m in zip(quiet, models, strict=True)]
         others = {size: [_runner(r, m, b) for r, m in zip(quiet, models, strict=True)] for size, b in batches.items()}
-        times = _take_turns(runs, repeats, warmup)
+        times = take_turns(runs, repeats, warmup)
         costs = [_cost(m, run, t) for m, run, t in zip(models, runs, times, strict=True)]
-        speedup, interval = _speedup(times)
+        speedup, interval = speedup_of(times)
         timings = [
-            _timing(batches[size], model, times if batches[size] is inputs else _take_turns(others[size], repeats, warmup))
+            _timing(batches[size], model, times if batches[size] is inputs else take_turns(others[size], repeats, warmup))
             for size in batches
         ]
         skips = any(exit_options(one) is not None for one in models)  # where rows leave, layers are skipped: no bound holds
@@ -128,7 +127,7 @@ def measure(
     found = [_metrics(metrics, model), _metrics(metrics_against or (metrics if callable(metrics) else None), against)]
     costs = [replace(cost, metrics=values) for cost, values in zip(costs, found, strict=False)]
     baseline = costs[1] if against is not None else None
-    conditions = _conditions(model, inputs)
+    conditions = conditions_of(model, inputs)
     facts = seen(model, against)
     if "base_model" in about:  # a revision belongs to its own model
         facts.pop("base_revision", None)
@@ -179,21 +178,9 @@ def _main_input(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> str | 
 def _timing(inputs: Mapping[str, Any], model: nn.Module, times: list[list[float]]) -> Timing:
     tensors = {key: value for key, value in inputs.items() if isinstance(value, torch.Tensor) and value.ndim}
     main = tensors[_main_input(model, tensors) or next(iter(tensors))]
-    found = [_latency(t) for t in times]
+    found = [latency_of(t) for t in times]
     length = main.shape[1] if main.ndim == 2 else None
-    return Timing(main.shape[0], length, found[0], found[1] if len(found) > 1 else None, *_speedup(times))
-
-
-def _speedup(times: list[list[float]]) -> tuple[float | None, tuple[float, float] | None]:
-    if len(times) < 2:
-        return None, None
-    ratios = [b / a for a, b in zip(*times, strict=True)]
-    return statistics.median(ratios), _bootstrap(ratios)
-
-
-def _latency(times: list[float]) -> Latency:
-    quartiles = statistics.quantiles(times, n=4, method="inclusive") if len(times) > 1 else [times[0]] * 3
-    return Latency(statistics.median(times), quartiles[0], quartiles[2], len(times))
+    return Timing(main.shape[0], length, found[0], found[1] if len(found) > 1 else None, *speedup_of(times))
 
 
 def _runner(run: Callable[..., Any], model: nn.Module, inputs: Mapping[str, Any]) -> Callable[[], Any]:
@@ -222,8 +209,8 @@ def _cost(model: nn.Module, run: Callable[[], Any], times: list[float]) -> Cost:
         parameters=sum(unique.values()),
         parameters_encoder=sum(n for i, n in unique.items() if i not in embedded),
         bytes=sum(stored.values()),
-        macs=_macs(model, run),
-        latency=_latency(times),
+        macs=macs_of(model, run),
+        latency=latency_of(times),
     )
 
 
@@ -257,7 +244,7 @@ def numbers_of(module: nn.Module) -> list[tuple[nn.Parameter, int]]:
     return [(p, found.get(key, p.numel() if key == "bias" else 0)) for key, p in module._parameters.items() if p is not None]
 
 
-def _macs(model: nn.Module, run: Callable[[], Any]) -> int:
+def macs_of(model: nn.Module, run: Callable[[], Any]) -> int:
     """Multiply-accumulates of one forward pass."""
     integers = 0
 
@@ -284,35 +271,6 @@ def _macs(model: nn.Module, run: Callable[[], Any]) -> int:
 def _multiplies_integers(module: nn.Module) -> bool:
     on_cpu = all(p.device.type == "cpu" for p in module.parameters(recurse=False))
     return is_quantized(module) and getattr(module, "activations", None) is not None and on_cpu and has_integer_kernels()
-
-
-def _take_turns(runs: list[Callable[[], Any]], repeats: int, warmup: int) -> list[list[float]]:
-    """Times of each, one after the other in every round, in random order."""
-    for _ in range(warmup):
-        for run in runs:
-            run()
-    times: list[list[float]] = [[] for _ in runs]
-    order = random.Random(0)
-    for _ in tqdm(range(repeats), desc="time", leave=False, disable=None, delay=3):
-        for i in order.sample(range(len(runs)), len(runs)):
-            _wait()
-            start = time.perf_counter()
-            runs[i]()
-            _wait()
-            times[i].append(time.perf_counter() - start)
-    return times
-
-
-def _wait() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
-def _bootstrap(values: list[float], draws: int = 2000) -> tuple[float, float]:
-    """95% interval of the median."""
-    pick = random.Random(0)
-    medians = sorted(statistics.median(pick.choices(values, k=len(values))) for _ in range(draws))
-    return medians[int(0.025 * draws)], medians[int(0.975 * draws)]
 
 
 def _allowed(model: nn.Module, against: nn.Module, run: Callable[[], Any], run_against: Callable[[], Any]) -> float:
@@ -347,7 +305,7 @@ def _time_by_module(model: nn.Module, run: Callable[[], Any], rounds: int = 3) -
         stack.append([time.perf_counter(), 0.0])
 
     def after(module: nn.Module, args: Any, output: Any) -> None:
-        _wait()
+        wait()
         start, inside = stack.pop()
         elapsed = time.perf_counter() - start
         now[names[module]] = now.get(names[module], 0.0) + elapsed - inside
@@ -416,7 +374,7 @@ def _metrics(metrics: Metrics, model: nn.Module | None) -> dict[str, float]:
         raise CompressionError(f"metrics must give a dict of numbers, got {values!r}.") from error
 
 
-def _conditions(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
+def conditions_of(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
     import transformers
 
     parameter = next((p for p in model.parameters() if p.is_floating_point()), None)

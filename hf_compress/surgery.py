@@ -315,12 +315,16 @@ def prove_plan(model: nn.Module, plan: Plan, inputs: Mapping[str, Any] | None = 
     Returns:
         by block, the parts that were found to follow its units.
     """
+    return {name: variant.parts for name, variant in prove_variants(model, plan, inputs).items()}
+
+
+def prove_variants(model: nn.Module, plan: Plan, inputs: Mapping[str, Any] | None = None) -> dict[str, Variant]:
+    """As `prove_plan`, with all that was found of how each block is cut."""
     model = _unwrapped(model)
     check_foreign(model)
     resolved = resolve(model, plan)
     check_modules(model, resolved.cuts)
-    proved = _prove_all(model, resolved, inputs)
-    return {name: variant.parts for name, variant in proved.items()}
+    return _prove_all(model, resolved, inputs)
 
 
 def _unwrapped(model: Any) -> nn.Module:

@@ -1,0 +1,355 @@
+"""`prune_to`: as much as a target needs, as little lost as can be: second-order pruning to a measured speed-up."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers.utils import logging
+
+from ..compensation import TAKES
+from ..cutting import Block, Variant
+from ..discover import discover
+from ..edits import CompressionError
+from ..examples_seen import checked_batches
+from ..files import replace_files
+from ..measure import macs_of, numbers_of
+from ..plan import Plan
+from ..probe import quiet_run
+from ..refusals import check_foreign
+from ..surgery import apply_, prove_variants
+from ..timing import speedup_of, take_turns
+from .calibrate import Calibration
+from .compensate import DAMPING, compensated, curves
+from .latency import LatencyTable, grid, latency_table, shrunk
+from .select import count_units, nothing_to_choose, trial_plan
+from .sensitivity import sensitivities
+from .solver import solve
+
+logger = logging.get_logger(__name__)
+
+TARGETS = ("speedup", "macs", "parameters", "bytes")
+WITHIN = 0.02  # of what was asked: then no other sizes are tried
+WIDTH = 0.01  # of the interval, to either side
+MOST_PAIRS = 120
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """What `prune_to` did.
+
+    Args:
+        plan (`Plan`): the cuts, with the weights that belong to them.
+        target (`str`): `"speedup"`, `"macs"`, `"parameters"` or `"bytes"`.
+        asked (`float`): how many times faster or smaller.
+        achieved (`float`): what came out: for a speed-up, the median over pairs of runs that took turns.
+        interval (`tuple[float, float]`, *optional*): 95%, of a measured speed-up.
+        sizes (`dict[str, list[int]]`): by block, units that stay, and that there were.
+        losses (`dict[str, float]`): by block, the share of what its output varies by that is lost, after compensation.
+        conditions (`dict`): hardware, threads, dtype, shapes and versions.
+        seconds (`float`): that it took.
+    """
+
+    plan: Plan
+    target: str
+    asked: float
+    achieved: float
+    interval: tuple[float, float] | None
+    sizes: dict[str, list[int]]
+    losses: dict[str, float]
+    conditions: dict[str, Any]
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready, with the plan without its tensors."""
+        data = {key: value for key, value in vars(self).items() if key != "plan"}
+        return {
+            **data,
+            "interval": None if self.interval is None else list(self.interval),
+            "plan": self.plan.to_dict(spans=True),
+        }
+
+    def save(self, folder: str | os.PathLike) -> None:
+        """The plan (`Plan.save`) and `pruned.json`, into a folder."""
+        self.plan.save(folder)
+        replace_files(Path(folder), {"pruned.json": (json.dumps(self.to_dict(), indent=1) + "\n").encode()})
+
+    def __str__(self) -> str:
+        got = f"{self.achieved:.2f}" + ("" if self.interval is None else f" ({self.interval[0]:.2f}-{self.interval[1]:.2f})")
+        lines = [f"{self.target}: asked {self.asked:.2f}, achieved {got}, in {self.seconds:.0f} s"]
+        width = max((len(name) for name in self.sizes), default=0)
+        for name, (left, there) in self.sizes.items():
+            lines.append(f"  {name:<{width}}  {left:>5} of {there:<5}  {self.losses.get(name, 0.0):6.1%} lost")
+        return "\n".join(lines)
+
+
+def prune_to(
+    model: nn.Module,
+    batches: Iterable[Mapping[str, Any]],
+    *,
+    speedup: float | None = None,
+    macs: float | None = None,
+    parameters: float | None = None,
+    bytes: float | None = None,
+    inputs: Mapping[str, Any] | None = None,
+    heads: bool = True,
+    neurons: bool = True,
+    damping: float = DAMPING,
+    table: LatencyTable | None = None,
+) -> Pruned:
+    """Prune a model, in place and without training, until it is so many times faster (or smaller), and lose little.
+
+    1. What every block loses at every size, from second moments of what enters its output projection (`pruning.surgeon`),
+       weighed by how much the model's predictions depend on it (`pruning.sensitivity`).
+    2. What every block costs at every size: measured on `inputs`, on this machine (`pruning.latency`).
+    3. The sizes that lose least for the cost (`pruning.solver`); a model of these sizes is timed beside the dense one, and
+       others are chosen until what is achieved is what was asked, within 2%.
+    4. Layer by layer, the units that go, and new weights for those that stay (`pruning.compensate`).
+
+    Args:
+        model (`nn.Module`): a transformers model, float.
+        batches (`Iterable[dict]`): calibration batches, as for `model(**batch)`; labels are not needed. 512 sentences do.
+        speedup (`float`, *optional*): how many times faster, above 1. Give this or one of the next three.
+        macs, parameters, bytes (`float`, *optional*): how many times fewer.
+        inputs (`dict`, *optional*): a batch of the size and length that will be run; the first calibration batch by default.
+        heads, neurons (`bool`, default to `True`): what may go.
+        damping (`float`, defaults to 0.01): how strongly new weights are held to the old ones; see `surgeon.Regression`.
+        table (`LatencyTable`, *optional*): times of another device, made there; the speed-up is then what the table predicts.
+
+    Returns:
+        `Pruned`: the plan and what was measured; `print` it, or `.save(folder)`.
+
+    Raises:
+        CompressionError: not exactly one target, a target that nothing meets, a model that nothing can be cut from, batches
+            that it does not run on. Nothing has changed then.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from transformers import BertConfig, BertModel
+    >>> from hf_compress import prune_to
+    >>> _ = torch.manual_seed(0)
+    >>> model = BertModel(BertConfig(
+    ...     vocab_size=99, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
+    ... ))
+    >>> batch = {"input_ids": torch.randint(5, 99, (8, 16))}
+    >>> pruned = prune_to(model, [batch], parameters=1.5)
+    >>> pruned.achieved >= 1.5
+    True
+
+    ```
+    """
+    wanted = {"speedup": speedup, "macs": macs, "parameters": parameters, "bytes": bytes}
+    target, ratio = _only(wanted)
+    [pruned] = _family(model, batches, target, [ratio], inputs, heads, neurons, damping, table)
+    apply_(model, pruned.plan, inputs=inputs)
+    return pruned
+
+
+def prune_family(
+    model: nn.Module,
+    batches: Iterable[Mapping[str, Any]],
+    speedups: Sequence[float],
+    *,
+    inputs: Mapping[str, Any] | None = None,
+    heads: bool = True,
+    neurons: bool = True,
+    damping: float = DAMPING,
+    table: LatencyTable | None = None,
+) -> list[Pruned]:
+    """Plans for several speed-ups from one calibration; the model is not changed. See `prune_to`.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from transformers import BertConfig, BertModel
+    >>> from hf_compress import apply_, prune_family
+    >>> from hf_compress.pruning.latency import LatencyTable
+    >>> model = BertModel(BertConfig(
+    ...     vocab_size=99, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64,
+    ... ))
+    >>> name = "encoder.layer.0"
+    >>> table = LatencyTable({}, 2.0, {name: {64: 1.5, 32: 1.0, 8: 0.5}})  # of another device
+    >>> family = prune_family(model, [{"input_ids": torch.randint(5, 99, (4, 8))}], [1.2, 1.9], heads=False, table=table)
+    >>> [pruned.sizes[name] for pruned in family], model.config.intermediate_size
+    ([[32, 64], [8, 64]], 64)
+
+    ```
+    """
+    if isinstance(speedups, str | bytes) or not isinstance(speedups, Sequence) or not speedups:
+        raise CompressionError(f"speedups must be a sequence of numbers above 1, got {speedups!r}.")
+    ratios = [_only({"speedup": value})[1] for value in speedups]
+    return _family(model, batches, "speedup", ratios, inputs, heads, neurons, damping, table)
+
+
+def _only(wanted: Mapping[str, Any]) -> tuple[str, float]:
+    given = {name: value for name, value in wanted.items() if value is not None}
+    if len(given) != 1:
+        raise CompressionError(f"Give exactly one of {', '.join(wanted)}, got {', '.join(given) or 'none'}.")
+    name, value = next(iter(given.items()))
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 1 < value < float("inf"):
+        raise CompressionError(f"{name} is how many times faster or smaller, and must be a number above 1, got {value!r}.")
+    return name, float(value)
+
+
+def _family(
+    model: nn.Module,
+    batches: Iterable[Mapping[str, Any]],
+    target: str,
+    ratios: Sequence[float],
+    inputs: Mapping[str, Any] | None,
+    heads: bool,
+    neurons: bool,
+    damping: float,
+    table: LatencyTable | None,
+) -> list[Pruned]:
+    start = time.perf_counter()
+    if not isinstance(model, nn.Module):
+        raise CompressionError(f"model must be a model (a torch.nn.Module), got {type(model).__name__}.")
+    if isinstance(damping, bool) or not isinstance(damping, int | float) or not 0 < damping < float("inf"):
+        raise CompressionError(f"damping must be a number above 0, got {damping!r}.")
+    if table is not None and (not isinstance(table, LatencyTable) or target != "speedup"):
+        raise CompressionError(f"table is a LatencyTable, for a speed-up; got {type(table).__name__} for {target}.")
+    model = getattr(model, "_orig_mod", model)  # torch.compile
+    check_foreign(model)
+    batches = checked_batches(batches)
+    inputs = {k: v for k, v in (batches[0] if inputs is None else inputs).items() if k != "labels"}
+    structure = discover(model)
+    blocks = _blocks(model, structure, heads, neurons)
+    proved = prove_variants(model, trial_plan(model, structure, blocks), inputs)
+    calibration = Calibration(model, structure, blocks, batches)
+    found = curves(calibration, damping, sensitivities(calibration))
+    prices = _Prices(model, inputs, blocks, proved, target, table)
+    losses = {
+        block.name: {size: float(found[block.name].errors[found[block.name].units - size]) for size in prices.costs[block.name]}
+        for block in blocks
+    }
+    family = []
+    for ratio in ratios:
+        sizes, achieved, interval = prices.fit(losses, ratio)
+        less = {block.name: sizes[block.name] for block in blocks if sizes[block.name] < count_units(block)}
+        plan, lost = compensated(calibration, less, damping)
+        shown = {block.name: [sizes[block.name], count_units(block)] for block in blocks}
+        seconds = time.perf_counter() - start
+        family.append(Pruned(plan, target, ratio, achieved, interval, shown, lost, prices.conditions, seconds))
+    return family
+
+
+def _blocks(model: nn.Module, structure: Any, heads: bool, neurons: bool) -> list[Block]:
+    """What can be cut and compensated."""
+    blocks: list[Block] = [*(structure.attentions if heads else ()), *(structure.own_ffns if neurons else ())]
+    if not blocks:
+        raise CompressionError(nothing_to_choose(model, structure, "heads or neurons"))
+    able = [b for b in blocks if b.consumer is None and type(model.get_submodule(b.out)) in TAKES]
+    if not able:
+        raise CompressionError(
+            f"No block of this {type(model).__name__} has a Linear of its own as output projection, which second-order pruning "
+            "needs; plan_pruning takes the others."
+        )
+    if len(able) < len(blocks):
+        logger.warning(
+            f"{len(blocks) - len(able)} blocks stay whole: their output projections are no Linear of their own (experts, say)."
+        )
+    return [block for block in able if count_units(block) > 1]
+
+
+class _Prices:
+    """What sizes cost, and the model of some sizes beside the dense one."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        inputs: Mapping[str, Any],
+        blocks: Sequence[Block],
+        proved: Mapping[str, Variant],
+        target: str,
+        table: LatencyTable | None,
+    ) -> None:
+        self.model, self.inputs, self.blocks, self.proved, self.target = model, inputs, blocks, proved, target
+        self.is_predicted = table is not None
+        if target == "speedup":
+            table = table or latency_table(model, inputs, blocks, proved)
+            unknown = [block.name for block in blocks if block.name not in table.times]
+            wrong = [b.name for b in blocks if b.name in table.times and max(table.times[b.name]) != count_units(b)]
+            if unknown or wrong:
+                raise CompressionError(f"The latency table is of another model: it does not fit {(unknown + wrong)[0]!r}.")
+            self.costs, self.total, self.conditions = table.times, table.total, table.conditions
+        else:
+            self.costs = {block.name: self._counts(block) for block in blocks}
+            self.total, self.conditions = self._count(model), {}
+        self.fixed = self.total - sum(self.costs[block.name][count_units(block)] for block in blocks)
+
+    def _counts(self, block: Block) -> dict[int, float]:
+        """Parameters, bytes or MACs of the module around a block, by size: they change linearly, so two sizes say all."""
+        units = count_units(block)
+        ends = []
+        for size in (1, units):
+            ends.append(
+                self._count(shrunk(self.model, "", [(block, size)], self.proved)) if size < units else self._count(self.model)
+            )
+        slope = (ends[1] - ends[0]) / (units - 1)
+        return {size: ends[1] - slope * (units - size) for size in grid(block)}
+
+    def _count(self, model: nn.Module) -> float:
+        if self.target == "macs":
+            with quiet_run(model) as run:
+                return float(macs_of(model, lambda: run(self.inputs)))
+        unique = {id(p): (n, p.nbytes) for module in model.modules() for p, n in numbers_of(module)}
+        return float(sum(pair[self.target == "bytes"] for pair in unique.values()))
+
+    def fit(self, losses: Mapping[str, Mapping[int, float]], ratio: float) -> tuple[dict[str, int], float, Any]:
+        """Sizes that meet a target: (sizes, what is achieved, its interval)."""
+        aim, best = ratio, None
+        for _ in range(6):
+            try:
+                sizes = solve(losses, {name: self.costs[name] for name in losses}, self.total / aim, self.fixed)
+            except CompressionError:
+                if best is not None:
+                    break
+                raise CompressionError(self._cannot(ratio)) from None
+            achieved, interval = self._achieved(sizes)
+            off = (
+                abs(achieved / ratio - 1) if self.target == "speedup" else (0.0 if achieved >= ratio else 1 - achieved / ratio)
+            )
+            if best is None or off < best[0]:
+                best = off, sizes, achieved, interval
+            if off <= (WITHIN if self.target == "speedup" and not self.is_predicted else 0.0) or self.is_predicted:
+                break
+            aim *= ratio / achieved
+        assert best is not None
+        return best[1], best[2], best[3]
+
+    def _achieved(self, sizes: Mapping[str, int]) -> tuple[float, tuple[float, float] | None]:
+        if self.is_predicted:
+            spent = self.fixed + sum(self.costs[block.name][sizes[block.name]] for block in self.blocks)
+            return self.total / spent, None
+        small = shrunk(self.model, "", [(block, sizes[block.name]) for block in self.blocks], self.proved)
+        if self.target != "speedup":
+            return self.total / self._count(small), None
+        with quiet_run(self.model) as dense, quiet_run(small) as run:
+            runs: list[Callable[[], Any]] = [lambda: run(self.inputs), lambda: dense(self.inputs)]
+            times: list[list[float]] = [[], []]
+            while len(times[0]) < MOST_PAIRS:
+                for own, more in zip(times, take_turns(runs, 15, 0 if times[0] else 2), strict=True):
+                    own += more
+                speedup, interval = speedup_of(times)
+                assert speedup is not None and interval is not None
+                if max(interval[1] - speedup, speedup - interval[0]) <= WIDTH * speedup:
+                    break
+        return speedup, interval
+
+    def _cannot(self, ratio: float) -> str:
+        least = self.fixed + sum(min(self.costs[block.name].values()) for block in self.blocks)
+        most = f"{self.total / least:.2f}" if least > 0 else "any"
+        return (
+            f"{self.target}={ratio:g} is more than cutting heads and neurons can give here: about {most} at most, with one head "
+            "and a few neurons left in every block. Ask for less, remove layers first (KeepLayers), or quantize as well."
+        )
