@@ -27,7 +27,7 @@ from .masking import Mask
 from .plan import Plan
 from .probe import difference, owners_in, probing, tensors_in, tolerance
 from .prove import prove
-from .record import stamp_
+from .record import own_configs_, stamp_
 from .refusals import check_adapters, check_experts, check_foreign, check_masks, check_modules
 from .resolve import Resolved, resolve
 from .stacks import config_numbers, remove_layers_
@@ -149,6 +149,7 @@ def change_(
     steps = _steps(plan)
     undo = Later()
     try:
+        own_configs_(model, undo)
         for step in steps:
             if isinstance(step.edits[0], Substitution):
                 with within():

@@ -328,3 +328,49 @@ def test_a_cut_in_inference_mode_still_trains():
         hc.apply_(model, random_plan(model, ("heads", "neurons")))
     model(**batch, labels=torch.tensor([0, 1])).loss.backward()
     assert model.bert.encoder.layer[0].output.dense.weight.grad is not None
+
+
+@pytest.mark.parametrize("kind", ["layers", "heads"])
+def test_another_model_of_the_same_config_stays_as_it_is(kind, tmp_path):
+    """Llama reads its number of layers from the config when it runs: a teacher lost those that were cut from the student."""
+    config = T.LlamaConfig(num_key_value_heads=4, head_dim=16, **TINY)
+    torch.manual_seed(0)
+    teacher, student = T.LlamaForCausalLM(config).eval(), T.LlamaForCausalLM(config).eval()
+    ids = torch.arange(5, 25).view(2, 10)
+    before, said = outputs(teacher, {"input_ids": ids}), config.to_dict()
+    edit = hc.KeepLayers([0, 2]) if kind == "layers" else hc.KeepHeads("model.layers.1.self_attn", [1, 2])
+    hc.apply_(student, hc.Plan([edit]))
+    assert teacher.config is config and config.to_dict() == said
+    assert torch.equal(outputs(teacher, {"input_ids": ids}), before)
+    assert all(m.config is student.config for m in student.modules() if hasattr(m, "config") and kind == "layers")
+    for name, model in (("teacher", teacher), ("student", student)):
+        model.save_pretrained(tmp_path / name)
+        loaded = T.AutoModelForCausalLM.from_pretrained(tmp_path / name).eval()
+        assert torch.equal(outputs(loaded, {"input_ids": ids}), outputs(model, {"input_ids": ids}))
+    assert len(student.model.layers) == student.config.num_hidden_layers == (2 if kind == "layers" else 3)
+
+
+def test_a_refused_cut_leaves_the_shared_config_in_place():
+    config = T.BertConfig(**TINY)
+    teacher, student = T.BertModel(config), T.BertModel(config)
+    with pytest.raises(hc.CompressionError, match="at that point"):
+        hc.apply_(student, hc.Plan([hc.KeepHeads("encoder.layer.0.attention.self", [9])]))
+    assert student.config is teacher.config is config and student.encoder.config is config
+
+
+def test_a_training_masks_no_other_model_of_the_same_config(tmp_path):
+    config = T.BertConfig(**TEXT)
+    teacher, student = T.BertForSequenceClassification(config), T.BertForSequenceClassification(config)
+    trainer(tmp_path, [hc.PruningCallback(heads=0.5, every=1)], model=student).train()
+    assert "quantization_config" not in vars(teacher.config) and teacher.config is config
+    assert "quantization_config" in vars(student.config)
+
+
+def test_a_part_keeps_the_config_of_its_whole():
+    size = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64)
+    text = dict(size, vocab_size=99, bos_token_id=1, eos_token_id=2)
+    config = T.CLIPConfig(text_config=text, vision_config=dict(size, image_size=32, patch_size=8))
+    whole, other = T.CLIPModel(config), T.CLIPModel(config)
+    hc.apply_(whole.text_model, hc.Plan([hc.KeepLayers([1])]))
+    assert whole.config.text_config is whole.text_model.config and whole.config.text_config.num_hidden_layers == 1
+    assert other.config is config
