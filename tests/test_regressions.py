@@ -374,3 +374,23 @@ def test_a_part_keeps_the_config_of_its_whole():
     hc.apply_(whole.text_model, hc.Plan([hc.KeepLayers([1])]))
     assert whole.config.text_config is whole.text_model.config and whole.config.text_config.num_hidden_layers == 1
     assert other.config is config
+
+
+@pytest.mark.parametrize("shared", ["attention.self.query", "attention.output.dense", "intermediate.dense", "output.dense"])
+def test_a_projection_that_two_layers_run_is_found_once_and_not_cut(shared):
+    """`named_modules` lists it under its first name; the second was looked up all the same."""
+    config = T.BertConfig(**TINY)
+    model = T.BertModel(config).eval()
+    parent, _, name = f"encoder.layer.1.{shared}".rpartition(".")
+    setattr(model.get_submodule(parent), name, model.get_submodule(f"encoder.layer.0.{shared}"))
+    found, heads = hc.discover(model), "attention" in shared
+    whole, less = (found.ffns, found.attentions) if heads else (found.attentions, found.ffns)
+    assert [len(whole), len(less)] == [3, 2] and all("layer.1" not in block.name for block in less)
+    before = outputs(model, BATCH)
+    first, free = ("encoder.layer.0", "encoder.layer.2") if not heads else (f"encoder.layer.{i}.attention.self" for i in (0, 2))
+    edit = hc.KeepHeads if heads else hc.KeepNeurons
+    with pytest.raises(hc.CompressionError, match="Nothing was changed"):
+        hc.apply_(model, hc.Plan([edit(first, [1])]))
+    assert torch.equal(outputs(model, BATCH), before)
+    with hc.mask_(model, hc.Plan([edit(free, [1])])):
+        assert not torch.equal(outputs(model, BATCH), before)
