@@ -16,6 +16,7 @@ from .channel_proof import channel_gates, channels_
 from .cutting import Undo, Variant, cut_
 from .discover import Part
 from .edits import AddExits, CompressionError, KeepChannels, KeepExperts, KeepHeads, KeepVocabulary
+from .elsewhere import check_elsewhere
 from .exits.options import resolve_exits
 from .exits.runtime import attach_exits_, detach_exits_
 from .exits.trial import try_exits
@@ -336,7 +337,9 @@ def _prove_all(model: nn.Module, resolved: Resolved, inputs: Mapping[str, Any] |
         if not resolved.cuts:
             return {}
         try:
-            return prove(model, resolved.cuts, run, lambda: Mask(model, resolved))
+            proved = prove(model, resolved.cuts, run, lambda: Mask(model, resolved))
+            check_elsewhere(model, resolved.cuts, proved, run, lambda: Mask(model, resolved))
+            return proved
         except CompressionError:
             raise
         except Exception as error:  # whatever a model does on a copy of its part: no proof, so no cut

@@ -394,3 +394,50 @@ def test_a_projection_that_two_layers_run_is_found_once_and_not_cut(shared):
     assert torch.equal(outputs(model, BATCH), before)
     with hc.mask_(model, hc.Plan([edit(free, [1])])):
         assert not torch.equal(outputs(model, BATCH), before)
+
+
+def _reads(how):
+    class Reads(T.BertForSequenceClassification):
+        def forward(self, input_ids=None, attention_mask=None, labels=None, **kwargs):
+            out = super().forward(input_ids=input_ids, attention_mask=attention_mask)
+            out.logits = out.logits + how(self.bert.encoder.layer[0], out.logits)
+            return out
+
+    torch.manual_seed(0)
+    return Reads(T.BertConfig(**TINY)).eval()
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        lambda layer, x: layer.intermediate.dense.weight.norm() + layer.attention.self.value.weight.norm(),
+        lambda layer, x: layer.intermediate(x.new_ones(1, 64)).mean() + layer.attention.self.query(x.new_ones(1, 64)).mean(),
+        lambda layer, x: layer.intermediate(x.new_ones(1, 64))[0, 95] + layer.attention.self.query(x.new_ones(1, 64))[0, 63],
+    ],
+    ids=["weights", "calls", "index"],
+)
+def test_weights_that_are_read_outside_of_their_block_are_not_cut(how):
+    """The proof put a cut copy in the place of the block; the model read the whole weights past it, and smaller ones later."""
+    model = _reads(how)
+    before = outputs(model, BATCH)
+    weights = {name: (p, p.clone()) for name, p in model.named_parameters()}
+    for edit in (hc.KeepNeurons(FFN, range(40)), hc.KeepHeads(f"{FFN}.attention.self", [1, 2])):
+        name = FFN if isinstance(edit, hc.KeepNeurons) else edit.attention
+        with pytest.raises(hc.CompressionError, match=f"reads weights of '{name}' outside of"):
+            hc.apply_(model, hc.Plan([hc.KeepNeurons("bert.encoder.layer.1", range(50)), edit]))
+    assert torch.equal(outputs(model, BATCH), before)
+    assert all(p is weights[name][0] and torch.equal(p, weights[name][1]) for name, p in model.named_parameters())
+    with hc.mask_(model, hc.Plan([hc.KeepNeurons("bert.encoder.layer.1", range(50))])):
+        masked = outputs(model, BATCH)
+    hc.apply_(model, hc.Plan([hc.KeepNeurons("bert.encoder.layer.1", range(50))]))  # nobody else reads these
+    assert torch.allclose(outputs(model, BATCH), masked, atol=1e-5) and not torch.allclose(masked, before, atol=1e-5)
+
+
+def test_what_is_read_but_changes_nothing_may_be_cut():
+    model = _reads(lambda layer, x: torch.zeros((), dtype=layer.intermediate.dense.weight.dtype))
+    edits = [hc.KeepNeurons(FFN, range(40)), hc.KeepHeads(f"{FFN}.attention.self", [1, 2])]
+    with hc.mask_(model, hc.Plan(edits)):
+        masked = outputs(model, BATCH)
+    hc.apply_(model, hc.Plan(edits))
+    assert model.bert.encoder.layer[0].intermediate.dense.out_features == 40
+    assert torch.allclose(outputs(model, BATCH), masked, atol=1e-5)
