@@ -1,4 +1,4 @@
-"""Whether a forward of somebody's own reads the weights of a block outside of that block, where a proof of blocks does not look."""
+"""Whether a forward of a user's own reads the weights of a block outside of it, where the proof of blocks does not look."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def check_elsewhere(
 ) -> None:
     """Refuse blocks whose weights are read from outside: a penalty on them, a projection that the model calls once more.
 
-    `prove` puts a cut copy in the place of a block; what reads the block's weights past it still sees them whole then, and would
-    not once they are cut. So a model with code of its own runs once more under its mask, and every weight that will be cut
+    `prove` puts a cut copy in the place of a block; what reads the block's weights past it still sees them whole then,
+    and would not once they are cut. So a model with code of its own runs once more under its mask, and every weight that will be cut
     is NaN (a number seen as a tensor, which takes no memory) wherever its block does not run.
 
     Raises:
@@ -49,8 +49,8 @@ def check_elsewhere(
         for cut in seen:
             if not _same(model, [cut], proved, run, expected):
                 raise CompressionError(
-                    f"Nothing was changed: the forward of this {type(model).__name__} reads weights of {cut.block.name!r} outside "
-                    f"of {cut.block.scope!r} too, where a cut would change what it computes. Leave that block out of the plan."
+                    f"Nothing was changed: the forward of this {type(model).__name__} reads weights of {cut.block.name!r} "
+                    f"outside of {cut.block.scope!r} too, where a cut would change what it computes. Leave that block out of the plan."
                 )
 
 

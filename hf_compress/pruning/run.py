@@ -22,8 +22,8 @@ from ..masking import masks_in
 from ..modules import factor, gate_, is_gated, ungate_
 from ..plan import Plan
 from ..probe import NoInputs, owners_in
-from ..refusals import check_foreign
 from ..record import own_configs_
+from ..refusals import check_foreign
 from ..surgery import apply_, prove_plan
 from .schedules import SCHEDULES
 from .scores import SCORES
