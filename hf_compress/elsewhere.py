@@ -27,8 +27,8 @@ def check_elsewhere(
     """Refuse blocks whose weights are read from outside: a penalty on them, a projection that the model calls once more.
 
     `prove` puts a cut copy in the place of a block; what reads the block's weights past it still sees them whole then,
-    and would not once they are cut. So a model with code of its own runs once more under its mask, and every weight that will be cut
-    is NaN (a number seen as a tensor, which takes no memory) wherever its block does not run.
+    and would not once they are cut. So a model with code of its own runs once more under its mask, and every weight that will
+    be cut is NaN (a number seen as a tensor, which takes no memory) wherever its block does not run.
 
     Raises:
         CompressionError: some output follows them. It names the first such block.
@@ -50,7 +50,7 @@ def check_elsewhere(
             if not _same(model, [cut], proved, run, expected):
                 raise CompressionError(
                     f"Nothing was changed: the forward of this {type(model).__name__} reads weights of {cut.block.name!r} "
-                    f"outside of {cut.block.scope!r} too, where a cut would change what it computes. Leave that block out of the plan."
+                    f"outside of {cut.block.scope!r} too, where a cut would change them. Leave that block out of the plan."
                 )
 
 
