@@ -460,3 +460,19 @@ def test_what_is_read_but_changes_nothing_may_be_cut():
     hc.apply_(model, hc.Plan(edits))
     assert model.bert.encoder.layer[0].intermediate.dense.out_features == 40
     assert torch.allclose(outputs(model, BATCH), masked, atol=1e-5)
+
+
+def test_a_head_size_that_a_config_computes_is_not_set(monkeypatch):
+    """transformers logged "Can't set head_dim" with the whole config, twice, in a cut of Falcon that went well."""
+    said = []
+    monkeypatch.setattr(T.configuration_utils.logger, "error", lambda message, *_: said.append(message))
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=99, hidden_size=64, num_hidden_layers=2, num_attention_heads=4)
+    model = T.FalconForCausalLM(T.FalconConfig(new_decoder_architecture=True, num_kv_heads=2, **sizes)).eval()
+    plan = hc.Plan([hc.KeepHeads(f"transformer.h.{i}.self_attention", [0, 1]) for i in range(2)])
+    batch = {"input_ids": BATCH["input_ids"]}
+    with hc.mask_(model, plan):
+        masked = outputs(model, batch)
+    hc.apply_(model, plan)
+    assert torch.allclose(outputs(model, batch), masked, atol=1e-5)
+    assert said == [] and "quantization_config" in vars(model.config)
