@@ -121,6 +121,8 @@ def attentions_in(modules: dict[str, nn.Module]) -> Iterator[Attention]:
             out = _out_beside(modules, name, module)
         if out is None or out in seen:
             continue
+        if not {out, *(join(name, linears[n]) for n in ins)} <= modules.keys():
+            continue  # it runs a projection of another attention (a user's sharing), which is listed there alone
         inner = width(modules[out], 1)
         whole = spread_width(modules[out]) or inner
         config = getattr(module, "config", None)
@@ -258,7 +260,8 @@ def ffns_in(modules: dict[str, nn.Module], taken: set[str]) -> Iterator[FeedForw
             {path: n for n, path in direct.items()},
             nested,
         ):  # BERT: intermediate.dense, output.dense, one level down
-            linears = {join(name, path): n for path, n in group.items() if join(name, path) not in taken}
+            # a module of another block that runs here too (a user's sharing) is listed there alone, and makes no block here
+            linears = {full: n for path, n in group.items() if (full := join(name, path)) in modules and full not in taken}
             found = [(down, ups) for down, ups in _pairs(modules, linears, by_class) if down not in seen]
             for down, ups in found:
                 seen.add(down)

@@ -229,7 +229,10 @@ def stock_numbers(model: nn.Module, structure: Any, touched: Iterable[str]) -> t
         heads_changed = bool(heads) and heads[0].num_heads != vars(config).get(
             "num_attention_heads", heads[0].num_heads if heads else 0
         )
-        if len({b.head_dim for b in heads}) == 1 and ("head_dim" in vars(config) or heads_changed):
+        fixed = (
+            getattr(getattr(type(config), "head_dim", None), "fset", config) is None
+        )  # Falcon computes it; told, it logs an error
+        if len({b.head_dim for b in heads}) == 1 and ("head_dim" in vars(config) or heads_changed and not fixed):
             numbers[f"{part}.head_dim".lstrip(".")] = heads[0].head_dim  # read by many models, stored by few
     of_mixtures = _mixture_numbers(structure.experts, parts)
     every, mixtures = (

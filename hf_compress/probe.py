@@ -164,6 +164,8 @@ def probing(model: nn.Module, inputs: Mapping[str, Any] | None) -> Iterator[Call
             f"{type(model).__name__} holds no transformers model to make inputs for; pass inputs=... (a small batch)."
         )
     with ExitStack() as stack:
+        # after model.compile() a compiler would trace the proof itself, for a minute
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
         runs = [(stack.enter_context(quiet_run(part)), batch) for part, batch in parts]
 
         def run(cache: bool = False) -> list[Any]:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import gc
+import sys
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from .caches import host_caches_
 from .conversions import come_back, name_
@@ -16,6 +19,7 @@ from .cutting import Undo
 from .discover import discover
 from .edits import AddExits, CompressionError
 from .exits.runtime import CHANGED, exit_options
+from .heads import ConfigView
 from .layout import OWN, gates_of, layers_differ, merge, skeleton, stock_numbers, unrecorded
 from .loader import HfCompressConfig, compression_of
 from .masking import masks_in
@@ -29,6 +33,45 @@ def _local(name: str, owner: str) -> str | None:
     if not owner:
         return name
     return name[len(owner) + 1 :] if name.startswith(f"{owner}.") else None
+
+
+def own_configs_(model: nn.Module, undo: Undo) -> None:
+    """Give a model configs of its own where another model was built from the same objects.
+
+    `teacher, student = Model(config), Model(config)` share one: what a cut writes there (fewer layers, a record) would change
+    what the teacher computes, and what its checkpoint says. Parts of one whole share on purpose (`whole.config.text_config`
+    is the part's), and keep doing so.
+    """
+    held = [(m, key, value) for m in model.modules() for key, value in vars(m).items() if isinstance(value, PreTrainedConfig)]
+    configs = {id(value): value for _, _, value in held}
+    ours = Counter(2 * [id(value) for _, _, value in held])  # the module, and `held`
+    ours.update(id(v._hfc_base) for m in model.modules() for v in vars(m).values() if isinstance(v, ConfigView))
+    ours.update(id(value) for config in configs.values() for value in vars(config).values())
+    # and `configs` and the argument: most models end here, since looking for others walks all objects of the process
+    if all(sys.getrefcount(configs[key]) <= ours[key] + 2 for key in configs):
+        return
+    others = _holders(configs, {id(m) for m in model.modules()} | configs.keys())
+    models = [other for other in others if isinstance(other, PreTrainedModel)]
+    if not models or len(models) != len(others) or any(m is model for other in models for m in other.modules()):
+        return
+    memo: dict[int, Any] = {}
+    for module, key, value in held:
+        undo.append(lambda m=module, k=key, v=value: setattr(m, k, v))
+        setattr(module, key, copy.deepcopy(value, memo))
+    for module in model.modules():
+        for key, value in vars(module).items():
+            if isinstance(value, ConfigView) and id(value._hfc_base) in configs:
+                undo.append(lambda m=module, k=key, v=value: setattr(m, k, v))
+                setattr(module, key, ConfigView(memo[id(value._hfc_base)], **value.hfc_values()))
+
+
+def _holders(configs: Mapping[int, Any], known: set[int]) -> list[Any]:
+    """The models and configs, beside the known ones, that hold one of these configs as it is."""
+    holders = gc.get_referrers(*configs.values())
+    holders += gc.get_referrers(*(holder for holder in holders if type(holder) is dict))  # an object's, or a user's
+    kinds = PreTrainedModel, PreTrainedConfig
+    found = {id(h): h for h in holders if issubclass(type(h), kinds) and id(h) not in known}
+    return [h for h in found.values() if any(id(value) in configs for value in vars(h).values())]
 
 
 def stamp_(

@@ -17,6 +17,7 @@ from .compensation import compensations
 from .cutting import Undo, Variant, cut_
 from .discover import Part
 from .edits import AddExits, CompressionError, KeepChannels, KeepExperts, KeepHeads, KeepVocabulary
+from .elsewhere import check_elsewhere
 from .exits.options import resolve_exits
 from .exits.runtime import attach_exits_, detach_exits_
 from .exits.trial import try_exits
@@ -28,7 +29,7 @@ from .masking import Mask
 from .plan import Plan
 from .probe import difference, owners_in, probing, tensors_in, tolerance
 from .prove import prove
-from .record import stamp_
+from .record import own_configs_, stamp_
 from .refusals import check_adapters, check_experts, check_foreign, check_masks, check_modules
 from .resolve import Resolved, resolve
 from .stacks import config_numbers, remove_layers_
@@ -151,6 +152,7 @@ def change_(
     steps = _steps(plan)
     undo = Later()
     try:
+        own_configs_(model, undo)
         for step in steps:
             if isinstance(step.edits[0], Substitution):
                 with within():
@@ -344,7 +346,9 @@ def _prove_all(model: nn.Module, resolved: Resolved, inputs: Mapping[str, Any] |
         if not resolved.cuts:
             return {}
         try:
-            return prove(model, resolved.cuts, run, lambda: Mask(model, resolved))
+            proved = prove(model, resolved.cuts, run, lambda: Mask(model, resolved))
+            check_elsewhere(model, resolved.cuts, proved, run, lambda: Mask(model, resolved))
+            return proved
         except CompressionError:
             raise
         except Exception as error:  # whatever a model does on a copy of its part: no proof, so no cut

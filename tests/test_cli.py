@@ -106,6 +106,23 @@ def test_inspect_tells_the_sizes_that_the_config_gives(capsys):
     assert found["possible"]["prune"] == f"{layers * heads} heads in 2 blocks, {layers * inner} neurons in 2 blocks"
 
 
+def test_inspect_counts_channels_and_experts(capsys, tmp_path):
+    """A ResNet was said to have nothing that can be pruned."""
+    config = T.ResNetConfig(embedding_size=8, hidden_sizes=[16, 32], depths=[1, 1])
+    T.ResNetForImageClassification(config).save_pretrained(tmp_path / "resnet")
+    possible = data(capsys, f"inspect {tmp_path / 'resnet'}")["possible"]
+    # the stem; per stage, the stream and two narrow convolutions, a quarter as wide
+    assert possible["channels"] == f"{8 + 16 + 4 + 4 + 32 + 8 + 8} channels in 7 sets"
+    assert possible["prune"] is None and possible["experts"] is None
+    config = T.MixtralConfig(
+        vocab_size=99, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=24,
+        num_local_experts=6, num_experts_per_tok=2,
+    )  # fmt: skip
+    T.MixtralForCausalLM(config).save_pretrained(tmp_path / "mixtral")
+    possible = data(capsys, f"inspect {tmp_path / 'mixtral'}")["possible"]
+    assert possible["experts"] == "12 experts in 2 blocks" and possible["channels"] is None
+
+
 def test_inspect_tells_what_was_done(capsys):
     found, dense = data(capsys, "inspect small"), data(capsys, "inspect dense")
     assert (found["compressed"], found["tier"], found["masked"]) == (True, "plugin", False)

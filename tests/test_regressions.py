@@ -322,9 +322,157 @@ def test_names_of_a_compiled_model_are_those_of_the_model():
     assert sum(a.num_heads for a in hc.discover(model).attentions) == 6
 
 
+def test_a_proof_is_not_compiled():
+    """After `model.compile()` the compiler traced the proof of a four-layer Llama for 47 seconds."""
+    model, batch = build("bert")
+    compiled = []
+
+    def backend(graph, _inputs):
+        compiled.append(graph)
+        return graph.forward
+
+    model.compile(backend=backend)
+    plan = random_plan(model, ("heads", "neurons"))
+    with hc.mask_(model, plan):
+        masked = outputs(model, batch)
+    before = len(compiled)
+    hc.apply_(model, plan)
+    assert before and len(compiled) == before
+    assert torch.allclose(outputs(model, batch), masked, atol=1e-5) and len(compiled) > before
+
+
 def test_a_cut_in_inference_mode_still_trains():
     model, batch = build("bert")
     with torch.inference_mode():
         hc.apply_(model, random_plan(model, ("heads", "neurons")))
     model(**batch, labels=torch.tensor([0, 1])).loss.backward()
     assert model.bert.encoder.layer[0].output.dense.weight.grad is not None
+
+
+@pytest.mark.parametrize("kind", ["layers", "heads"])
+def test_another_model_of_the_same_config_stays_as_it_is(kind, tmp_path):
+    """Llama reads its number of layers from the config when it runs: a teacher lost those that were cut from the student."""
+    config = T.LlamaConfig(num_key_value_heads=4, head_dim=16, **TINY)
+    torch.manual_seed(0)
+    teacher, student = T.LlamaForCausalLM(config).eval(), T.LlamaForCausalLM(config).eval()
+    ids = torch.arange(5, 25).view(2, 10)
+    before, said = outputs(teacher, {"input_ids": ids}), config.to_dict()
+    edit = hc.KeepLayers([0, 2]) if kind == "layers" else hc.KeepHeads("model.layers.1.self_attn", [1, 2])
+    hc.apply_(student, hc.Plan([edit]))
+    assert teacher.config is config and config.to_dict() == said
+    assert torch.equal(outputs(teacher, {"input_ids": ids}), before)
+    assert all(m.config is student.config for m in student.modules() if hasattr(m, "config") and kind == "layers")
+    for name, model in (("teacher", teacher), ("student", student)):
+        model.save_pretrained(tmp_path / name)
+        loaded = T.AutoModelForCausalLM.from_pretrained(tmp_path / name).eval()
+        assert torch.equal(outputs(loaded, {"input_ids": ids}), outputs(model, {"input_ids": ids}))
+    assert len(student.model.layers) == student.config.num_hidden_layers == (2 if kind == "layers" else 3)
+
+
+def test_a_refused_cut_leaves_the_shared_config_in_place():
+    config = T.BertConfig(**TINY)
+    teacher, student = T.BertModel(config), T.BertModel(config)
+    with pytest.raises(hc.CompressionError, match="at that point"):
+        hc.apply_(student, hc.Plan([hc.KeepHeads("encoder.layer.0.attention.self", [9])]))
+    assert student.config is teacher.config is config and student.encoder.config is config
+
+
+def test_a_training_masks_no_other_model_of_the_same_config(tmp_path):
+    config = T.BertConfig(**TEXT)
+    teacher, student = T.BertForSequenceClassification(config), T.BertForSequenceClassification(config)
+    trainer(tmp_path, [hc.PruningCallback(heads=0.5, every=1)], model=student).train()
+    assert "quantization_config" not in vars(teacher.config) and teacher.config is config
+    assert "quantization_config" in vars(student.config)
+
+
+def test_a_part_keeps_the_config_of_its_whole():
+    size = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64)
+    text = dict(size, vocab_size=99, bos_token_id=1, eos_token_id=2)
+    config = T.CLIPConfig(text_config=text, vision_config=dict(size, image_size=32, patch_size=8))
+    whole, other = T.CLIPModel(config), T.CLIPModel(config)
+    hc.apply_(whole.text_model, hc.Plan([hc.KeepLayers([1])]))
+    assert whole.config.text_config is whole.text_model.config and whole.config.text_config.num_hidden_layers == 1
+    assert other.config is config
+
+
+@pytest.mark.parametrize("shared", ["attention.self.query", "attention.output.dense", "intermediate.dense", "output.dense"])
+def test_a_projection_that_two_layers_run_is_found_once_and_not_cut(shared):
+    """`named_modules` lists it under its first name; the second was looked up all the same."""
+    config = T.BertConfig(**TINY)
+    model = T.BertModel(config).eval()
+    parent, _, name = f"encoder.layer.1.{shared}".rpartition(".")
+    setattr(model.get_submodule(parent), name, model.get_submodule(f"encoder.layer.0.{shared}"))
+    found, heads = hc.discover(model), "attention" in shared
+    whole, less = (found.ffns, found.attentions) if heads else (found.attentions, found.ffns)
+    assert [len(whole), len(less)] == [3, 2] and all("layer.1" not in block.name for block in less)
+    before = outputs(model, BATCH)
+    first, free = ("encoder.layer.0", "encoder.layer.2") if not heads else (f"encoder.layer.{i}.attention.self" for i in (0, 2))
+    edit = hc.KeepHeads if heads else hc.KeepNeurons
+    with pytest.raises(hc.CompressionError, match="Nothing was changed"):
+        hc.apply_(model, hc.Plan([edit(first, [1])]))
+    assert torch.equal(outputs(model, BATCH), before)
+    with hc.mask_(model, hc.Plan([edit(free, [1])])):
+        assert not torch.equal(outputs(model, BATCH), before)
+
+
+def _reads(how):
+    class Reads(T.BertForSequenceClassification):
+        def forward(self, input_ids=None, attention_mask=None, labels=None, **kwargs):
+            out = super().forward(input_ids=input_ids, attention_mask=attention_mask)
+            out.logits = out.logits + how(self.bert.encoder.layer[0], out.logits)
+            return out
+
+    torch.manual_seed(0)
+    return Reads(T.BertConfig(**TINY)).eval()
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        lambda layer, x: layer.intermediate.dense.weight.norm() + layer.attention.self.value.weight.norm(),
+        lambda layer, x: layer.intermediate(x.new_ones(1, 64)).mean() + layer.attention.self.query(x.new_ones(1, 64)).mean(),
+        lambda layer, x: layer.intermediate(x.new_ones(1, 64))[0, 95] + layer.attention.self.query(x.new_ones(1, 64))[0, 63],
+    ],
+    ids=["weights", "calls", "index"],
+)
+def test_weights_that_are_read_outside_of_their_block_are_not_cut(how):
+    """The proof put a cut copy in the place of the block; the model read the whole weights past it, and smaller ones later."""
+    model = _reads(how)
+    before = outputs(model, BATCH)
+    weights = {name: (p, p.clone()) for name, p in model.named_parameters()}
+    for edit in (hc.KeepNeurons(FFN, range(40)), hc.KeepHeads(f"{FFN}.attention.self", [1, 2])):
+        name = FFN if isinstance(edit, hc.KeepNeurons) else edit.attention
+        with pytest.raises(hc.CompressionError, match=f"reads weights of '{name}' outside of"):
+            hc.apply_(model, hc.Plan([hc.KeepNeurons("bert.encoder.layer.1", range(50)), edit]))
+    assert torch.equal(outputs(model, BATCH), before)
+    assert all(p is weights[name][0] and torch.equal(p, weights[name][1]) for name, p in model.named_parameters())
+    with hc.mask_(model, hc.Plan([hc.KeepNeurons("bert.encoder.layer.1", range(50))])):
+        masked = outputs(model, BATCH)
+    hc.apply_(model, hc.Plan([hc.KeepNeurons("bert.encoder.layer.1", range(50))]))  # nobody else reads these
+    assert torch.allclose(outputs(model, BATCH), masked, atol=1e-5) and not torch.allclose(masked, before, atol=1e-5)
+
+
+def test_what_is_read_but_changes_nothing_may_be_cut():
+    model = _reads(lambda layer, x: torch.zeros((), dtype=layer.intermediate.dense.weight.dtype))
+    edits = [hc.KeepNeurons(FFN, range(40)), hc.KeepHeads(f"{FFN}.attention.self", [1, 2])]
+    with hc.mask_(model, hc.Plan(edits)):
+        masked = outputs(model, BATCH)
+    hc.apply_(model, hc.Plan(edits))
+    assert model.bert.encoder.layer[0].intermediate.dense.out_features == 40
+    assert torch.allclose(outputs(model, BATCH), masked, atol=1e-5)
+
+
+def test_a_head_size_that_a_config_computes_is_not_set(monkeypatch):
+    """transformers logged "Can't set head_dim" with the whole config, twice, in a cut of Falcon that went well."""
+    said = []
+    monkeypatch.setattr(T.configuration_utils.logger, "error", lambda message, *_: said.append(message))
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=99, hidden_size=64, num_hidden_layers=2, num_attention_heads=4)
+    model = T.FalconForCausalLM(T.FalconConfig(new_decoder_architecture=True, num_kv_heads=2, **sizes)).eval()
+    plan = hc.Plan([hc.KeepHeads(f"transformer.h.{i}.self_attention", [0, 1]) for i in range(2)])
+    batch = {"input_ids": BATCH["input_ids"]}
+    with hc.mask_(model, plan):
+        masked = outputs(model, batch)
+    hc.apply_(model, plan)
+    assert torch.allclose(outputs(model, batch), masked, atol=1e-5)
+    assert said == [] and "quantization_config" in vars(model.config)

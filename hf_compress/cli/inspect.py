@@ -137,7 +137,10 @@ def _possible(model: Any, structure: Any, other: str | None) -> dict[str, str | 
     from ..words import count
 
     if other is not None:
-        return dict.fromkeys(("prune", "layers", "low_rank", "depthwise", "quantize"), f"no: quantized with {other} already")
+        return dict.fromkeys(
+            ("prune", "channels", "experts", "layers", "low_rank", "depthwise", "quantize"),
+            f"no: quantized with {other} already",
+        )
     modules = list(model.modules())
     integers = sum(is_quantized(m) for m in modules)
     linears = [m for m in modules if isinstance(m, torch.nn.Linear | Conv1D) and not is_quantized(m)]
@@ -165,6 +168,8 @@ def _possible(model: Any, structure: Any, other: str | None) -> dict[str, str | 
     smaller = ", ".join(f"{_size(whole - weights + saved * bits // 8)} at {bits} bits" for bits in (8, 4))
     return {
         "prune": frozen or cut or None,
+        "channels": (frozen or _channels(model, structure)) if structure.convs else None,
+        "experts": (frozen or _experts(structure)) if structure.experts else None,
         "layers": frozen or ", ".join(stacks) or None,
         "low_rank": frozen or (count(len(linears), "Linear layer") if linears else None),
         "depthwise": frozen or (count(len(spatial), "convolution") if spatial else None),
@@ -175,6 +180,28 @@ def _possible(model: Any, structure: Any, other: str | None) -> dict[str, str | 
         else None,
         "exits": _exits(model, structure),
     }
+
+
+def _channels(model: Any, structure: Any) -> str | None:
+    """As `channel_groups` sees it, which runs the model; here it has no weights, and attention may ask for numbers."""
+    from ..channels import channel_groups
+    from ..edits import CompressionError
+    from ..words import count
+
+    unknown = "perhaps: channel_groups(model) of the loaded model tells"
+    if structure.attentions:
+        return unknown
+    try:
+        free = [group.size - len(group.fixed) for group in channel_groups(model)]
+    except CompressionError:
+        return unknown
+    return f"{count(sum(free), 'channel')} in {count(sum(map(bool, free)), 'set')}" if any(free) else None
+
+
+def _experts(structure: Any) -> str:
+    from ..words import count
+
+    return f"{count(sum(m.num_experts for m in structure.experts), 'expert')} in {count(len(structure.experts), 'block')}"
 
 
 def _exits(model: Any, structure: Any) -> str | None:

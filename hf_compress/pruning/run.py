@@ -22,6 +22,7 @@ from ..masking import masks_in
 from ..modules import factor, gate_, is_gated, ungate_
 from ..plan import Plan
 from ..probe import NoInputs, owners_in
+from ..record import own_configs_
 from ..refusals import check_foreign
 from ..surgery import apply_, prove_plan
 from .schedules import SCHEDULES
@@ -112,6 +113,7 @@ class PruningRun:
 
     def begin(self, saved: dict[str, Any] | None) -> None:
         """Put the gates on, all ones or as a checkpoint left them."""
+        own_configs_(self.model, [])  # a teacher made from the same config is not masked
         self.records = [(owner, getattr(owner.config, "quantization_config", None)) for _, owner in owners_in(self.model)]
         for block in self.blocks:
             out = self.outs[block.name]
