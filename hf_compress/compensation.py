@@ -75,24 +75,14 @@ def compensations(model: nn.Module, plan: Plan, resolved: Resolved) -> list[Comp
     """What the cuts of a plan bring along, checked against the model; nothing is changed.
 
     Raises:
-        CompressionError: a tensor is missing, has another shape or holds NaN; a later edit cuts the same block again; the
-            block has no output projection of its own.
+        CompressionError: a tensor is missing, has another shape or holds NaN; the block has no output projection of its own.
     """
-    found: dict[str, Compensation] = {}
     blocks = {block.name: block for block in (*resolved.structure.attentions, *resolved.structure.ffns)}
-    for edit in plan.edits:
-        if not isinstance(edit, KeepHeads | KeepNeurons):
-            continue
-        name = resolved.named(edit.attention if isinstance(edit, KeepHeads) else edit.ffn, blocks, model)
-        what = f"{type(edit).__name__}({name!r})"
-        if name in found:
-            raise CompressionError(
-                f"{what} comes twice, and the first was planned with weights for the units that stay after it. Make one plan "
-                "for both (plan again on the model that the first one left)."
-            )
-        if edit.given:
-            found[name] = _checked(model, blocks[name], edit, plan.tensors or {}, resolved, what)
-    return list(found.values())
+    return [
+        _checked(model, blocks[name], edit, plan.tensors or {}, resolved, f"{type(edit).__name__}({name!r})")
+        for name, edit in resolved.given.items()
+        if not resolved.is_gone(name)
+    ]
 
 
 def _checked(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -25,6 +24,7 @@ class Resolved:
     layers: dict[str, tuple[int, ...]] = field(default_factory=dict)
     gates: dict[str, torch.Tensor] = field(default_factory=dict)  # of channels (`channels.Removal.gates`), by module
     experts: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    given: dict[str, KeepHeads | KeepNeurons] = field(default_factory=dict)  # cuts that bring weights along
 
     @property
     def mixtures(self) -> list[tuple[Mixture, tuple[int, ...]]]:
@@ -55,10 +55,6 @@ class Resolved:
         """The layers that stay, of every stack that loses some."""
         sizes = {path: len([x for x in self.structure.layers if x.path == path]) for path in self.layers}
         return {path: kept for path, kept in self.layers.items() if len(kept) < sizes[path]}
-
-    def named(self, name: str, blocks: Iterable[str], model: nn.Module) -> str:
-        """A block's name in the model as it is, from what an edit calls it."""
-        return _find(name, list(blocks), "block", model, self)
 
     def is_gone(self, name: str) -> bool:
         return any(
@@ -97,11 +93,13 @@ def resolve(model: nn.Module, plan: Plan) -> Resolved:
             kept = tuple(now[i] for i in edit.heads)
             kept_groups(attention, kept)
             result.heads[attention.name] = kept
+            _note_given(result, attention.name, edit)
         elif isinstance(edit, KeepNeurons):
             ffn = ffns[_find(edit.ffn, list(ffns), "feed-forward block", model, result)]
             now = result.neurons.get(ffn.name, tuple(range(ffn.size)))
             _in_range(edit.neurons, len(now), f"KeepNeurons({edit.ffn!r})", "neurons")
             result.neurons[ffn.name] = tuple(now[i] for i in edit.neurons)
+            _note_given(result, ffn.name, edit)
         elif isinstance(edit, KeepExperts):
             mixtures = {m.name: m for m in result.structure.experts}
             mixture = mixtures[_find(edit.moe, list(mixtures), "mixture of experts", model, result)]
@@ -121,6 +119,16 @@ def resolve(model: nn.Module, plan: Plan) -> Resolved:
                 "the model: apply_(copy.deepcopy(model), plan)."
             )
     return result
+
+
+def _note_given(result: Resolved, name: str, edit: KeepHeads | KeepNeurons) -> None:
+    if name in result.given:
+        raise CompressionError(
+            f"{type(edit).__name__}({name!r}) comes twice, and the first was planned with weights for the units that stay "
+            "after it. Make one plan for both (plan again on the model that the first one left)."
+        )
+    if edit.given:
+        result.given[name] = edit
 
 
 def kept_groups(attention: Attention, kept: tuple[int, ...]) -> tuple[int, ...]:

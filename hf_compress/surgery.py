@@ -277,7 +277,7 @@ def _cut(
 ) -> None:
     resolved = resolve(model, plan)
     cuts, removed = resolved.cuts, resolved.removed
-    new = [one for one in compensations(model, plan, resolved) if not resolved.is_gone(one.block.name)]
+    new = compensations(model, plan, resolved)
     if not cuts and not removed and not new:
         return
     if removed and any("exit_heads" in module._modules for module in model.modules()):

@@ -6,7 +6,7 @@ taken, the mean over rows:
 
     s_o = rows per example * E[g_o^2],    y ~ p(. | x),  L = log p(y | x)
 
-Labels are drawn from the model's own predictions, so none are needed (Martens 2014, *New insights and perspectives on the natural
+Labels are drawn from the model's own predictions, so none are needed (Martens 2014, *New insights on the natural
 gradient method*; the *true*, not the empirical Fisher). Outputs that are no logits are taken for means of a Gaussian.
 """
 

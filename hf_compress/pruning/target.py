@@ -350,6 +350,6 @@ class _Prices:
         least = self.fixed + sum(min(self.costs[block.name].values()) for block in self.blocks)
         most = f"{self.total / least:.2f}" if least > 0 else "any"
         return (
-            f"{self.target}={ratio:g} is more than cutting heads and neurons can give here: about {most} at most, with one head "
-            "and a few neurons left in every block. Ask for less, remove layers first (KeepLayers), or quantize as well."
+            f"{self.target}={ratio:g} is more than cutting heads and neurons can give here: about {most} at most, with one "
+            "head and a few neurons left in every block. Ask for less, remove layers first (KeepLayers), or quantize as well."
         )

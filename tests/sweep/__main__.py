@@ -47,7 +47,8 @@ def main() -> None:
     parser.add_argument("--types", nargs="*", metavar="TYPE", help="only these model types")
     parser.add_argument("--edits", nargs="*", metavar="EDIT", help=f"only these edits: {', '.join(EDITS)}")
     parser.add_argument("--fresh", action="store_true", help="forget earlier rows")
-    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
+    # one more than there are cores: a judge waits while another process loads what it saved
+    parser.add_argument("--processes", type=int, default=(os.cpu_count() or 1) + 1)
     parser.add_argument("--rows", type=Path, default=ROWS, help="where rows are added, one JSON a line (%(default)s)")
     parser.add_argument("--render", action="store_true", help="only render docs/families.md")
     parser.add_argument("--keep", action="store_true", help="count rows of other states of the code as done")
