@@ -45,6 +45,8 @@ from .plan import Plan
 from .planners import plan_depthwise, plan_low_rank, plan_quantization
 from .pruning import plan_pruning
 from .pruning.callback import PruningCallback
+from .pruning.latency import LatencyTable
+from .pruning.target import Pruned, prune_family, prune_to
 from .publish import PushError
 from .quantization.callback import QuantizationCallback
 from .quantization.to_float import dequantize_
@@ -72,9 +74,11 @@ __all__ = [
     "KeepLayers",
     "KeepNeurons",
     "KeepVocabulary",
+    "LatencyTable",
     "LowRank",
     "Mask",
     "Plan",
+    "Pruned",
     "PruningCallback",
     "PushError",
     "QuantizationCallback",
@@ -102,6 +106,8 @@ __all__ = [
     "plan_pruning",
     "plan_quantization",
     "plan_vocabulary",
+    "prune_family",
+    "prune_to",
     "push_to_hub",
     "render_card",
     "run_recipe",

@@ -115,7 +115,8 @@ def stamp_(
     if place is not None:
         raise CompressionError(
             f"Nothing was changed: this cut of {type(owner).__name__} could not be saved so that it loads again ({place} would "
-            "differ). Leave the layers or blocks that it depends on out of the plan."
+            "differ). Leave the layers or blocks that it depends on out of the plan; if it is a module of your own in the "
+            "place of what the config says, make a class that builds it."
         )
 
 

@@ -82,11 +82,18 @@ class Calibration:
 
     def __init__(self, model: nn.Module, structure: Structure, blocks: Sequence[Block], batches: Sequence[Mapping[str, Any]]):
         self.model, self.blocks = model, list(blocks)
-        self.batches = [{k: v for k, v in batch.items() if k != "labels"} for batch in batches]
+        self.batches = [self._unlabelled(batch) for batch in batches]
         self.modules = dict(model.named_modules())
         self.segments = self._segments(structure)
         self.calls: dict[tuple[str, bool], list[list[Call]]] = {}  # of a stack, dense or cut: layer -> batch -> call
         self.now: dict[tuple[str, bool], list[torch.Tensor]] = {}  # hidden states that the next layer is given, by batch
+
+    def _unlabelled(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        found = {k: v for k, v in batch.items() if "label" not in str(k)}
+        shift = getattr(self.model, "prepare_decoder_input_ids_from_labels", None)
+        if shift is not None and isinstance(batch.get("labels"), torch.Tensor) and "decoder_input_ids" not in batch:
+            found["decoder_input_ids"] = shift(labels=batch["labels"])  # which the model makes of them when it is trained
+        return found
 
     # --- segments ------------------------------------------------------------------------------------------------
 
@@ -140,9 +147,13 @@ class Calibration:
 
     # --- running -------------------------------------------------------------------------------------------------
 
-    def _forward(self, batch: Mapping[str, Any]) -> Any:
+    def placed(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """A batch where the model is."""
         device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
-        batch = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+        return {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+
+    def _forward(self, batch: Mapping[str, Any]) -> Any:
+        batch = self.placed(batch)
         try:
             with quiet_run(self.model) as run:
                 return run(batch)
@@ -205,7 +216,8 @@ class Calibration:
     def rows(self, tensor: torch.Tensor, block: Block, batch: int) -> torch.Tensor:
         """A tensor as rows, without those of padding."""
         given = self.batches[batch]
-        name = "decoder_attention_mask" if "decoder" in block.name.split(".") else "attention_mask"
+        two_sided = bool(getattr(getattr(self.model, "config", None), "is_encoder_decoder", False))
+        name = "decoder_attention_mask" if two_sided and "decoder" in block.name.split(".") else "attention_mask"
         mask = given.get(name)
         if isinstance(mask, torch.Tensor) and mask.ndim == 2 and tensor.ndim == 3 and mask.shape == tensor.shape[:2]:
             return tensor[mask.to(tensor.device).bool()]

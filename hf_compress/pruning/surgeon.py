@@ -45,32 +45,35 @@ class Moments:
     t: torch.Tensor
 
     @classmethod
-    def empty(cls, inputs: int, outputs: int, device: torch.device | str = "cpu") -> Moments:
+    def empty(
+        cls, inputs: int, outputs: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    ) -> Moments:
         def zeros(*shape: int) -> torch.Tensor:
-            return torch.zeros(shape, device=device)
+            return torch.zeros(shape, device=device, dtype=dtype)
 
         return cls(0.0, zeros(inputs, inputs), zeros(inputs), zeros(outputs, inputs), zeros(outputs))
 
     def add_(self, x: torch.Tensor, t: torch.Tensor) -> None:
         """More rows: x of shape (rows, in), t of shape (rows, out)."""
-        x, t = x.float(), t.float()
+        x, t = x.to(self.xx.dtype), t.to(self.xx.dtype)
         self.add_inputs_(x)
         self.tx.addmm_(t.T, x)
         self.t += t.sum(0)
 
     def add_inputs_(self, x: torch.Tensor) -> None:
         """More rows of what enters, where the target follows from it (`of_own_output_`)."""
-        x = x.float()
+        x = x.to(self.xx.dtype)
         self.count += len(x)
         self.xx.addmm_(x.T, x)
         self.x += x.sum(0)
 
     def of_own_output_(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         """The target is what the projection itself gives."""
-        self.tx, self.t = weight.detach().float() @ self.xx, weight.detach().float() @ self.x
+        weight = weight.detach().to(self.xx)
+        self.tx, self.t = weight @ self.xx, weight @ self.x
         if bias is not None:
-            self.tx += bias.detach().float()[:, None] * self.x
-            self.t += bias.detach().float() * self.count
+            self.tx += bias.detach().to(self.xx)[:, None] * self.x
+            self.t += bias.detach().to(self.xx) * self.count
 
 
 class Regression:

@@ -17,8 +17,8 @@ from ..compensation import TAKES
 from ..cutting import Block, Variant
 from ..discover import discover
 from ..edits import CompressionError
-from ..examples_seen import checked_batches
 from ..files import replace_files
+from ..grams import checked_batches
 from ..measure import macs_of, numbers_of
 from ..plan import Plan
 from ..probe import quiet_run
