@@ -6,6 +6,7 @@ import subprocess
 import sys
 import textwrap
 
+import numpy as np
 import pytest
 import torch
 import transformers as T
@@ -184,7 +185,7 @@ def test_sensitivity_against_finite_differences(monkeypatch):
 
     model = bert().double()
     batch = {"input_ids": torch.tensor([[7]])}
-    monkeypatch.setattr(sensitivity, "likelihood", lambda out, draw: out.logits.log_softmax(-1)[0, 1])
+    monkeypatch.setattr(sensitivity, "projected", lambda out, draw: out.logits.log_softmax(-1)[0, 1])
     blocks = blocks_of(model)
     found = sensitivities(Calibration(model, discover(model), blocks, [batch]))
     assert not any(p.grad is not None for p in model.parameters()) and all(p.requires_grad for p in model.parameters())
@@ -201,17 +202,51 @@ def test_sensitivity_against_finite_differences(monkeypatch):
             assert found[block.name][i].item() == pytest.approx(slope**2, rel=1e-3)
 
 
-def test_drawn_labels_follow_the_predictions():
+def test_the_random_direction_has_the_covariance_of_the_predictions():
     from types import SimpleNamespace
 
-    from hf_compress.pruning.sensitivity import likelihood
+    from hf_compress.pruning.sensitivity import projected
 
-    logits = torch.tensor([[0.0, 2.0]]).repeat(4000, 1).requires_grad_()
-    outputs = {"logits": logits}
-    likelihood(SimpleNamespace(get=outputs.get), torch.Generator().manual_seed(0)).backward()
-    p = torch.tensor([0.0, 2.0]).softmax(-1)
-    chosen = (logits.grad + p).round()  # the gradient is one-hot less p
-    assert chosen.sum(1).eq(1).all() and chosen[:, 1].mean().item() == pytest.approx(p[1].item(), abs=0.03)
+    z = torch.tensor([0.0, 2.0, 1.0])
+    logits = z.repeat(40_000, 1).requires_grad_()
+    projected(SimpleNamespace(get={"logits": logits}.get), torch.Generator().manual_seed(0)).backward()
+    p = np.exp(z.numpy() / 2) / np.exp(z.numpy() / 2).sum()
+    v = logits.grad.double().numpy()
+    np.testing.assert_allclose(v.T @ v / len(v), np.diag(p) - np.outer(p, p), atol=5e-3)
+    np.testing.assert_allclose(v.sum(1), 0, atol=1e-5)
+
+
+def test_rows_count_as_the_predictions_depend_on_them():
+    """BERT classifies by the first token: in the last layer no other one counts more than the floor."""
+    from hf_compress.pruning.sensitivity import FLOOR
+
+    model, batches = bert(), texts()
+    blocks = blocks_of(model)
+    calibration = Calibration(model, discover(model), blocks, batches)
+    sensitivities(calibration)
+    last = next(b for b in blocks if b.name == "bert.encoder.layer.2")
+    weights = torch.cat([calibration.weight_of(last, i) for i in range(len(batches))])
+    real = torch.cat([b["attention_mask"].flatten() for b in batches]).bool()
+    first = torch.zeros(16, 12, dtype=torch.bool)
+    first[:, 0] = True
+    first = first.flatten().repeat(len(batches))[real]
+    assert (
+        len(weights) == 4 * 16 * 10 and weights[~first].allclose(torch.tensor(FLOOR)) and bool((weights[first] > FLOOR).all())
+    )
+    assert weights.mean().item() == pytest.approx(1.0, rel=1e-4)
+    segment = calibration.segments[-1]
+    for other in calibration.segments:
+        calibration.begin(other, False)
+        found = calibration.moments(other, other.blocks)
+    seen = []
+    model.get_submodule(last.out).register_forward_hook(lambda m, a, o: seen.append(a[0]))
+    with torch.no_grad():
+        for batch in batches:
+            model(**batch)
+    x = torch.cat([part.flatten(0, 1) for part in seen])[real]
+    assert segment.blocks[-1] is last
+    torch.testing.assert_close(found[last.name].xx, x.T @ (x * weights[:, None]), rtol=1e-4, atol=1e-3)
+    assert found[last.name].count == pytest.approx(weights.sum().item(), rel=1e-5)
 
 
 # --- targets -----------------------------------------------------------------------------------------------------
@@ -420,13 +455,17 @@ SHARED = """
     import hf_compress as hc
     from hf_compress.pruning.calibrate import Calibration
     from hf_compress.pruning.compensate import compensated
+    from hf_compress.pruning.sensitivity import sensitivities
     from tests.test_prune_to import bert, texts, blocks_of, half
 
     dist.init_process_group("gloo")
     rank = dist.get_rank()
     model, batches = bert(), texts()
     blocks = blocks_of(model)
-    plan, _ = compensated(Calibration(model, hc.discover(model), blocks, batches[rank::2]), half(blocks))
+    calibration = Calibration(model, hc.discover(model), blocks, batches[rank::2])
+    scales = sensitivities(calibration)
+    plan, _ = compensated(calibration, half(blocks))
+    torch.save(scales, f"{sys.argv[1]}/{rank}.pt")
     plan.save(f"{sys.argv[1]}/{rank}")
 """
 
@@ -434,7 +473,9 @@ SHARED = """
 def test_two_processes_find_what_one_does(tmp_path):
     model, batches = bert(), texts()
     blocks = blocks_of(model)
-    plan, _ = compensated(Calibration(model, discover(model), blocks, batches), half(blocks))
+    calibration = Calibration(model, discover(model), blocks, batches)
+    scales = sensitivities(calibration)
+    plan, _ = compensated(calibration, half(blocks))
     script = tmp_path / "shared.py"
     script.write_text(textwrap.dedent(SHARED))
     run = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "--rdzv_backend=c10d"]
@@ -443,6 +484,8 @@ def test_two_processes_find_what_one_does(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     one, other = hc.Plan.load(tmp_path / "0"), hc.Plan.load(tmp_path / "1")
     assert one == other and one.edits == plan.edits
+    for rank in (0, 1):
+        torch.testing.assert_close(torch.load(tmp_path / f"{rank}.pt"), scales, rtol=1e-4, atol=1e-9)
     for name, tensor in plan.tensors.items():
         torch.testing.assert_close(one.tensors[name], tensor, atol=1e-3, rtol=1e-3)
 

@@ -1,17 +1,23 @@
 r"""How much the outputs of a model change with the output of each block: what makes errors of different blocks comparable.
 
-For a small change `d` of what a block's projection gives, the divergence of the model's predictions changes by
-`1/2 E[(g' d)^2]`, with `g` the gradient of a drawn label's log-likelihood: the Fisher information, of which the diagonal is
-taken, the mean over rows:
+For a small change `d` of what a block's projection gives in one row (a token), the divergence of the model's predictions from
+what they were is `1/2 d' F d`, with the Fisher information `F = E[g g']` and `g` the gradient of `v' z` for a random `v` whose
+covariance is that of the predictions (Martens 2014, *New insights on the natural gradient method*):
 
-    s_o = rows per example * E[g_o^2],    y ~ p(. | x),  L = log p(y | x)
+    v = sqrt(p) e - p (sqrt(p)' e),    e = +-1,    cov(v) = diag(p) - p p',    p = softmax(z / 2)
 
-Labels are drawn from the model's own predictions, so none are needed (Martens 2014, *New insights on the natural
-gradient method*; the *true*, not the empirical Fisher). Outputs that are no logits are taken for means of a Gaussian.
+No labels are needed. Of `F` two things are kept: its diagonal in the mean over rows, so that outputs and blocks compare,
+
+    s_o = sum over rows of g_o^2 / examples,
+
+and its trace in each row over the mean of all rows: a token that the predictions do not depend on (all but the first of a
+classifier's last layer) should not be asked for. Outputs that are no logits are taken for means of a Gaussian.
 """
 
 from __future__ import annotations
 
+import zlib
+from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import Any
 
@@ -20,34 +26,37 @@ from tqdm.auto import tqdm
 
 from ..edits import CompressionError
 from ..probe import quiet_run, tensors_in
-from .calibrate import Calibration
+from .calibrate import Calibration, over_processes_
 
-ROWS = 256  # examples
+FLOOR = 0.1  # of how much a row counts, when the mean is 1: Fisher information is of small changes
+TEMPERATURE = 2.0  # of predictions, as in distillation: of one that is sure, nothing would be asked at all
 
 
-def sensitivities(calibration: Calibration, rows: int = ROWS) -> dict[str, torch.Tensor]:
-    """By block, the weight of each output of its projection, shape (out,): see the module's docstring.
+def sensitivities(calibration: Calibration) -> dict[str, torch.Tensor]:
+    """By block, the weight of each output of its projection, shape (out,); how much rows count goes into the calibration.
 
-    Args:
-        calibration (`Calibration`): of the model; its first batches are used, one backward pass each.
-        rows (`int`, defaults to 256): examples.
+    One backward pass for each batch. See the module's docstring.
     """
     model = calibration.model
     squares: dict[str, torch.Tensor] = {}
-    examples, now = 0, [0]
+    counts: dict[str, int] = {}
+    by_row: dict[str, list[torch.Tensor]] = {}
+    now = [0]
     frozen = [p for p in model.parameters() if p.requires_grad]
 
-    def watch(name: str, block: Any, output: torch.Tensor) -> torch.Tensor:
+    def watch(block: Any, output: torch.Tensor) -> torch.Tensor:
         output = output if output.requires_grad else output.detach().requires_grad_()
 
         def collect(grad: torch.Tensor) -> None:
-            square = calibration.rows(grad.detach().float(), block, now[0]).square().sum(0)
-            squares[name] = squares[name] + square if name in squares else square
+            square = grad.detach().float().square()
+            rows = calibration.rows(square, block, now[0])
+            squares[block.name] = squares.get(block.name, 0) + rows.sum(0)  # type: ignore[operator]
+            counts[block.name] = counts.get(block.name, 0) + len(rows)
+            by_row.setdefault(block.name, []).append(square.sum(-1))
 
         output.register_hook(collect)
         return output
 
-    draw = torch.Generator().manual_seed(0)
     with ExitStack() as stack:
         run = stack.enter_context(quiet_run(model))
         for parameter in frozen:
@@ -55,8 +64,7 @@ def sensitivities(calibration: Calibration, rows: int = ROWS) -> dict[str, torch
             stack.callback(parameter.requires_grad_, True)
         for block in calibration.blocks:
             module = calibration.modules[block.out]
-            hook = module.register_forward_hook(lambda _m, _a, out, b=block: watch(b.name, b, out))
-            stack.callback(hook.remove)
+            stack.callback(module.register_forward_hook(lambda _m, _a, out, b=block: watch(b, out)).remove)
         stack.enter_context(torch.enable_grad())
         for i, batch in enumerate(tqdm(calibration.batches, desc="sensitivity", leave=False, disable=None, delay=3)):
             now[0] = i
@@ -66,24 +74,43 @@ def sensitivities(calibration: Calibration, rows: int = ROWS) -> dict[str, torch
                 raise CompressionError(
                     f"{type(model).__name__} does not run on a calibration batch: {type(error).__name__}: {error}"
                 ) from error
-            likelihood(outputs, draw).backward()
-            examples += next(len(v) for v in batch.values() if isinstance(v, torch.Tensor) and v.ndim)
-            if examples >= rows:
-                break
+            projected(outputs, _draw_for(batch)).backward()
     idle = [block.name for block in calibration.blocks if block.name not in squares]
     if idle:
         raise CompressionError(f"The outputs do not depend on {idle[0]!r} (of {len(idle)} such blocks) on these batches.")
-    return {name: square / examples for name, square in squares.items()}
+    examples = float(
+        sum(next(len(v) for v in b.values() if isinstance(v, torch.Tensor) and v.ndim) for b in calibration.batches)
+    )
+    for block in calibration.blocks:
+        name, rows = block.name, by_row[block.name]
+        said = torch.cat([squares[name].double(), squares[name].new_tensor([counts[name], examples], dtype=torch.float64)])
+        over_processes_(said)
+        total, count, all_examples = said[:-2], float(said[-2]), float(said[-1])
+        squares[name] = (total / all_examples).float()
+        if len(rows) == len(calibration.batches):  # a module that runs several times a forward has no rows of its own
+            mean = max(float(total.sum()) / count, 1e-30)
+            calibration.row_weights[name] = [FLOOR + (1 - FLOOR) * r / mean for r in rows]
+    return squares
 
 
-def likelihood(outputs: Any, draw: torch.Generator) -> torch.Tensor:
-    """The log-likelihood of labels that are drawn from the outputs, summed over rows (up to what has no gradient)."""
+def _first(batch: Mapping[str, Any]) -> torch.Tensor:
+    return next(value for value in batch.values() if isinstance(value, torch.Tensor) and value.ndim)
+
+
+def _draw_for(batch: Mapping[str, Any]) -> torch.Generator:
+    """The same for a batch in whichever process, and in whichever turn."""
+    content = _first(batch).detach().cpu().contiguous().flatten().view(torch.uint8)
+    return torch.Generator().manual_seed(zlib.crc32(content.numpy().tobytes()))
+
+
+def projected(outputs: Any, draw: torch.Generator) -> torch.Tensor:
+    """`v' z` of the module's docstring, summed over rows."""
     logits = outputs.get("logits") if hasattr(outputs, "get") else None
     if isinstance(logits, torch.Tensor) and logits.shape[-1] > 1:
-        with torch.no_grad():
-            p = logits.detach().float().softmax(-1)
-            label = torch.multinomial(p.flatten(0, -2).cpu(), 1, generator=draw).view(logits.shape[:-1]).to(logits.device)
-        return logits.float().log_softmax(-1).gather(-1, label[..., None]).sum()
+        root = (logits.detach().float() / TEMPERATURE).softmax(-1).sqrt()
+        sign = torch.randint(0, 2, root.shape, generator=draw).to(root) * 2 - 1
+        v = root * sign - root.square() * (root * sign).sum(-1, keepdim=True)
+        return (logits.float() * v).sum()
     value = next((t for _, t in tensors_in(outputs) if t.requires_grad), None)
     if value is None:
         raise CompressionError("The model's outputs have no gradient, so nothing can be said of what they depend on.")

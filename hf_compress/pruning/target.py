@@ -37,7 +37,9 @@ logger = logging.get_logger(__name__)
 TARGETS = ("speedup", "macs", "parameters", "bytes")
 WITHIN = 0.02  # of what was asked: then no other sizes are tried
 WIDTH = 0.01  # of the interval, to either side
-MOST_PAIRS = 120
+PAIRS = 15  # of runs, before it is asked whether they are enough
+LONGEST = 60.0  # seconds that a model of some sizes is timed
+TRIES = 6  # of sizes
 
 
 @dataclass(frozen=True)
@@ -308,43 +310,46 @@ class _Prices:
     def fit(self, losses: Mapping[str, Mapping[int, float]], ratio: float) -> tuple[dict[str, int], float, Any]:
         """Sizes that meet a target: (sizes, what is achieved, its interval)."""
         aim, best = ratio, None
-        for _ in range(6):
+        for _ in range(TRIES):
             try:
                 sizes = solve(losses, {name: self.costs[name] for name in losses}, self.total / aim, self.fixed)
             except CompressionError:
                 if best is not None:
                     break
                 raise CompressionError(self._cannot(ratio)) from None
-            achieved, interval = self._achieved(sizes)
-            off = (
-                abs(achieved / ratio - 1) if self.target == "speedup" else (0.0 if achieved >= ratio else 1 - achieved / ratio)
-            )
+            achieved, interval = self._achieved(sizes, ratio)
+            if self.target == "speedup" and not self.is_predicted:
+                off, enough = abs(achieved / ratio - 1), WITHIN
+            else:
+                off, enough = max(0.0, 1 - achieved / ratio), 0.0
             if best is None or off < best[0]:
                 best = off, sizes, achieved, interval
-            if off <= (WITHIN if self.target == "speedup" and not self.is_predicted else 0.0) or self.is_predicted:
+            if off <= enough or self.is_predicted:
                 break
             aim *= ratio / achieved
         assert best is not None
         return best[1], best[2], best[3]
 
-    def _achieved(self, sizes: Mapping[str, int]) -> tuple[float, tuple[float, float] | None]:
+    def _achieved(self, sizes: Mapping[str, int], ratio: float) -> tuple[float, tuple[float, float] | None]:
         if self.is_predicted:
             spent = self.fixed + sum(self.costs[block.name][sizes[block.name]] for block in self.blocks)
             return self.total / spent, None
         small = shrunk(self.model, "", [(block, sizes[block.name]) for block in self.blocks], self.proved)
         if self.target != "speedup":
             return self.total / self._count(small), None
+        start = time.perf_counter()
         with quiet_run(self.model) as dense, quiet_run(small) as run:
             runs: list[Callable[[], Any]] = [lambda: run(self.inputs), lambda: dense(self.inputs)]
             times: list[list[float]] = [[], []]
-            while len(times[0]) < MOST_PAIRS:
-                for own, more in zip(times, take_turns(runs, 15, 0 if times[0] else 2), strict=True):
+            while True:
+                for own, more in zip(times, take_turns(runs, PAIRS, 0 if times[0] else 2), strict=True):
                     own += more
                 speedup, interval = speedup_of(times)
                 assert speedup is not None and interval is not None
-                if max(interval[1] - speedup, speedup - interval[0]) <= WIDTH * speedup:
-                    break
-        return speedup, interval
+                wide = max(interval[1] - speedup, speedup - interval[0]) / speedup
+                # how far off is known well enough: other sizes are tried before these are timed for long
+                if wide <= WIDTH or abs(speedup / ratio - 1) > WITHIN + wide or time.perf_counter() - start > LONGEST:
+                    return speedup, interval
 
     def _cannot(self, ratio: float) -> str:
         least = self.fixed + sum(min(self.costs[block.name].values()) for block in self.blocks)
