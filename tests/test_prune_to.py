@@ -216,39 +216,6 @@ def test_the_random_direction_has_the_covariance_of_the_predictions():
     np.testing.assert_allclose(v.sum(1), 0, atol=1e-5)
 
 
-def test_rows_count_as_the_predictions_depend_on_them():
-    """BERT classifies by the first token: in the last layer no other one counts more than the floor."""
-    from hf_compress.pruning.sensitivity import FLOOR
-
-    model, batches = bert(), texts()
-    blocks = blocks_of(model)
-    calibration = Calibration(model, discover(model), blocks, batches)
-    sensitivities(calibration)
-    last = next(b for b in blocks if b.name == "bert.encoder.layer.2")
-    weights = torch.cat([calibration.weight_of(last, i) for i in range(len(batches))])
-    real = torch.cat([b["attention_mask"].flatten() for b in batches]).bool()
-    first = torch.zeros(16, 12, dtype=torch.bool)
-    first[:, 0] = True
-    first = first.flatten().repeat(len(batches))[real]
-    assert (
-        len(weights) == 4 * 16 * 10 and weights[~first].allclose(torch.tensor(FLOOR)) and bool((weights[first] > FLOOR).all())
-    )
-    assert weights.mean().item() == pytest.approx(1.0, rel=1e-4)
-    segment = calibration.segments[-1]
-    for other in calibration.segments:
-        calibration.begin(other, False)
-        found = calibration.moments(other, other.blocks)
-    seen = []
-    model.get_submodule(last.out).register_forward_hook(lambda m, a, o: seen.append(a[0]))
-    with torch.no_grad():
-        for batch in batches:
-            model(**batch)
-    x = torch.cat([part.flatten(0, 1) for part in seen])[real]
-    assert segment.blocks[-1] is last
-    torch.testing.assert_close(found[last.name].xx, x.T @ (x * weights[:, None]), rtol=1e-4, atol=1e-3)
-    assert found[last.name].count == pytest.approx(weights.sum().item(), rel=1e-5)
-
-
 # --- targets -----------------------------------------------------------------------------------------------------
 
 

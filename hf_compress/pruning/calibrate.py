@@ -85,7 +85,6 @@ class Calibration:
         self.batches = [self._unlabelled(batch) for batch in batches]
         self.modules = dict(model.named_modules())
         self.segments = self._segments(structure)
-        self.row_weights: dict[str, list[torch.Tensor]] = {}  # by block and batch: how much each row counts (see `sensitivity`)
         self.calls: dict[tuple[str, bool], list[list[Call]]] = {}  # of a stack, dense or cut: layer -> batch -> call
         self.now: dict[tuple[str, bool], list[torch.Tensor]] = {}  # hidden states that the next layer is given, by batch
 
@@ -224,11 +223,6 @@ class Calibration:
             return tensor[mask.to(tensor.device).bool()]
         return tensor.flatten(0, -2)
 
-    def weight_of(self, block: Block, batch: int) -> torch.Tensor | None:
-        """How much the rows of a batch count, those of padding left out."""
-        found = self.row_weights.get(block.name)
-        return None if found is None else self.rows(found[batch][..., None], block, batch).flatten()
-
     def place(self, segment: Segment, block: Block) -> Place | None:
         """Where the output of a block's projection is in the residual stream (see the module's docstring)."""
         if block.name not in segment.places:
@@ -327,7 +321,7 @@ class Calibration:
             module = self.modules[block.out]
             x = self.rows(x, block, now[0])
             moments = found.setdefault(block.name, Moments.empty(x.shape[1], len(dense_weight(module)), x.device))
-            moments.add_inputs_(x, self.weight_of(block, now[0]))
+            moments.add_inputs_(x)
 
         with ExitStack() as hooks:
             for block in blocks:
@@ -375,7 +369,7 @@ class Calibration:
             rows = self.rows(x, block, now[0])
             if not found:
                 found.append(Moments.empty(rows.shape[1], len(dense_weight(module)), x.device))
-            found[0].add_(rows, self.rows(meant, block, now[0]), self.weight_of(block, now[0]))
+            found[0].add_(rows, self.rows(meant, block, now[0]))
 
         with self.watching(segment, block, see, stop=True):
             for i, _ in self.run(segment, True):

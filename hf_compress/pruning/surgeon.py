@@ -53,21 +53,19 @@ class Moments:
 
         return cls(0.0, zeros(inputs, inputs), zeros(inputs), zeros(outputs, inputs), zeros(outputs))
 
-    def add_(self, x: torch.Tensor, t: torch.Tensor, weight: torch.Tensor | None = None) -> None:
-        """More rows: x of shape (rows, in), t of shape (rows, out), and how much each row counts, (rows,)."""
-        t = t.to(self.xx.dtype)
-        weighed = self.add_inputs_(x, weight)
-        self.tx.addmm_(t.T, weighed)
-        self.t += t.sum(0) if weight is None else weight.to(t) @ t
+    def add_(self, x: torch.Tensor, t: torch.Tensor) -> None:
+        """More rows: x of shape (rows, in), t of shape (rows, out)."""
+        x, t = x.to(self.xx.dtype), t.to(self.xx.dtype)
+        self.add_inputs_(x)
+        self.tx.addmm_(t.T, x)
+        self.t += t.sum(0)
 
-    def add_inputs_(self, x: torch.Tensor, weight: torch.Tensor | None = None) -> torch.Tensor:
-        """More rows of what enters, where the target follows from it (`of_own_output_`); gives them times their weights."""
+    def add_inputs_(self, x: torch.Tensor) -> None:
+        """More rows of what enters, where the target follows from it (`of_own_output_`)."""
         x = x.to(self.xx.dtype)
-        weighed = x if weight is None else x * weight.to(x)[:, None]
-        self.count += len(x) if weight is None else float(weight.sum())
-        self.xx.addmm_(x.T, weighed)
-        self.x += weighed.sum(0)
-        return weighed
+        self.count += len(x)
+        self.xx.addmm_(x.T, x)
+        self.x += x.sum(0)
 
     def of_own_output_(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         """The target is what the projection itself gives."""
