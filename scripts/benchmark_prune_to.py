@@ -2,7 +2,7 @@
 
     python scripts/benchmark_prune_to.py --data ../shared/data/sst2 --teachers 5 --speedups 1.5 2 3
 
-Every teacher is fine-tuned with another seed and kept in OUTPUT/dense-SEED. Accuracy is on dev and test together (2,693 rows); the
+Every teacher is fine-tuned with another seed and kept in OUTPUT/dense-SEED. Accuracy is on dev and test (2,693 rows); the
 interval is of the paired difference, over rows and teachers (bootstrap). Conditions are in the JSON beside the numbers.
 """
 
