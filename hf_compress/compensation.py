@@ -66,7 +66,7 @@ class Compensation:
         def back() -> None:
             with torch.no_grad():
                 for key, value in before.items():
-                    module._parameters[key].copy_(value)
+                    getattr(module, key).copy_(value)
 
         return back
 

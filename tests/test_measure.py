@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import hf_compress as hc
-from hf_compress.measure import _bootstrap, _take_turns
+from hf_compress.timing import bootstrap, take_turns
 from tests.zoo import build, random_plan
 
 
@@ -75,10 +75,10 @@ def test_against_takes_turns_and_reports_a_ratio():
 
 
 def test_a_known_ratio_is_found():
-    times = _take_turns([lambda: time.sleep(0.002), lambda: time.sleep(0.006)], repeats=15, warmup=1)
+    times = take_turns([lambda: time.sleep(0.002), lambda: time.sleep(0.006)], repeats=15, warmup=1)
     ratio = sorted(b / a for a, b in zip(*times, strict=True))[7]
     assert ratio == pytest.approx(3.0, rel=0.25)
-    assert _bootstrap([2.0] * 9) == (2.0, 2.0)
+    assert bootstrap([2.0] * 9) == (2.0, 2.0)
 
 
 class Slow(nn.Module):

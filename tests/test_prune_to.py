@@ -2,9 +2,11 @@
 
 import copy
 import json
+import os
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -447,7 +449,8 @@ def test_two_processes_find_what_one_does(tmp_path):
     script.write_text(textwrap.dedent(SHARED))
     run = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "--rdzv_backend=c10d"]
     run += ["--rdzv_endpoint=localhost:0", str(script), str(tmp_path)]
-    done = subprocess.run(run, capture_output=True, text=True, timeout=240, check=False)
+    here = {**os.environ, "PYTHONPATH": os.fspath(Path(__file__).parent.parent)}
+    done = subprocess.run(run, capture_output=True, text=True, timeout=240, check=False, env=here)
     assert done.returncode == 0, done.stderr[-2000:]
     one, other = hc.Plan.load(tmp_path / "0"), hc.Plan.load(tmp_path / "1")
     assert one == other and one.edits == plan.edits

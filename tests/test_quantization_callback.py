@@ -12,7 +12,7 @@ import hf_compress as hc
 from hf_compress.kinds import low_rank_
 from hf_compress.quantization import dequantized, is_quantized, quantize_
 from hf_compress.quantization.fake import fake_, is_fake, observe_, unfake_
-from hf_compress.substitute import sharers
+from hf_compress.substitute import sharers, weights_in
 from tests.trainers import Killer, fingerprint, rows, trainer
 from tests.zoo import build, outputs
 
@@ -55,9 +55,10 @@ def test_a_rounded_model_computes_what_the_quantized_one_does(family):
     plan = hc.plan_quantization(model, bits=4, group_size=32)
     real = copy.deepcopy(model)
     hc.apply_(real, plan)
+    holders = weights_in(dict(model.named_modules()))
     for edit in plan:
         module = model.get_submodule(edit.module)
-        for one in [module, *(m for _, m in sharers(model, module))]:
+        for one in [module, *(m for _, m in sharers(module, holders))]:
             fake_(one, 4, 32, None)
             observe_(one)
     torch.testing.assert_close(outputs(model, batch), outputs(real, batch), atol=1e-5, rtol=1e-5)

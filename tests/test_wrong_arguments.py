@@ -62,6 +62,9 @@ CALLS = [
     (lambda m, e: hc.plan_low_rank(None, ratio=0.5), "model", "NoneType"),
     (lambda m, e: hc.plan_depthwise("resnet"), "model", "str"),
     (lambda m, e: hc.plan_quantization(5, bits=8), "model", "int"),
+    (lambda m, e: hc.prune_to(m, [], speedup=2), "batches is empty", "few hundred"),
+    (lambda m, e: hc.prune_family(m, [{}], 2), "sequence of numbers", "2"),
+    (lambda m, e: hc.LatencyTable.load("no/such/table.json"), "no latency table", "no/such"),
     (lambda m, e: hc.plan_vocabulary(m, None, ["a"]), "fast tokenizer", "NoneType"),
     (lambda m, e: hc.cut_tokenizer(m, [0, 1]), "fast tokenizer", "BertForSequenceClassification"),
     (lambda m, e: hc.channel_groups("resnet"), "model", "str"),
@@ -343,6 +346,7 @@ def test_every_public_name_is_called_wrongly():
         "RecipeError",
         "Structure",
         "ChannelGroup",
+        "Pruned",
         "CompressionTrainer",
         "DistillationMixin",
     }

@@ -101,18 +101,13 @@ def compensated(calibration: Calibration, sizes: Mapping[str, int], damping: flo
                     tensors[names[1]] = shift.to(full).cpu()
         with weights(model, new):
             calibration.advance(segment)
-    order_of = [block.name for block in calibration.blocks]
-    return Plan(sorted(edits.values(), key=lambda edit: order_of.index(_name(edit))), tensors), lost
+    return Plan([edits[block.name] for block in calibration.blocks if block.name in edits], tensors), lost
 
 
 def _edit(block: Block, kept: torch.Tensor) -> KeepHeads | KeepNeurons:
     if isinstance(block, Attention):
         return KeepHeads(block.name, tuple(heads_of(block, kept.tolist())), given=True)
     return KeepNeurons(block.name, tuple(kept.tolist()), given=True)
-
-
-def _name(edit: KeepHeads | KeepNeurons) -> str:
-    return edit.attention if isinstance(edit, KeepHeads) else edit.ffn
 
 
 def unit_counts(blocks: Sequence[Block]) -> dict[str, int]:

@@ -42,7 +42,7 @@ def sensitivities(calibration: Calibration) -> dict[str, torch.Tensor]:
     now, examples = [0], 0
     frozen = [p for p in model.parameters() if p.requires_grad]
 
-    def watch(block: Any, output: torch.Tensor) -> torch.Tensor:
+    def watch(block: Any, output: Any) -> Any:
         output = output if output.requires_grad else output.detach().requires_grad_()
 
         def collect(grad: torch.Tensor) -> None:
@@ -59,7 +59,7 @@ def sensitivities(calibration: Calibration) -> dict[str, torch.Tensor]:
             stack.callback(parameter.requires_grad_, True)
         for block in calibration.blocks:
             module = calibration.modules[block.out]
-            stack.callback(module.register_forward_hook(lambda _m, _a, out, b=block: watch(b, out)).remove)
+            stack.callback(module.register_forward_hook(lambda _m, _a, o, b=block: watch(b, o)).remove)
         stack.enter_context(torch.enable_grad())
         for i, batch in enumerate(tqdm(calibration.batches, desc="sensitivity", leave=False, disable=None, delay=3)):
             if examples >= ROWS:

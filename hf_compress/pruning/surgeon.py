@@ -108,9 +108,11 @@ class Regression:
 
     def __init__(self, moments: Moments, weight: torch.Tensor, bias: torch.Tensor | None, damping: float = 0.01) -> None:
         n = max(moments.count, 1.0)
-        weight = weight.detach().to(moments.xx.device, torch.float64)
-        second, cross = moments.xx.double() / n, moments.tx.double() / n
-        self.mean, self.target_mean = moments.x.double() / n, moments.t.double() / n
+        where = "cpu" if moments.xx.device.type == "mps" else moments.xx.device  # which has no float64
+        weight = weight.detach().to(where, torch.float64)
+        second, cross, self.mean, self.target_mean = (
+            sums.to(where, torch.float64) / n for sums in (moments.xx, moments.tx, moments.x, moments.t)
+        )
         self.has_bias = bias is not None
         if self.has_bias:
             second = second - self.mean[:, None] * self.mean

@@ -223,11 +223,14 @@ def _family(
     model = getattr(model, "_orig_mod", model)  # torch.compile
     check_foreign(model)
     batches = checked_batches(batches)
-    inputs = {k: v for k, v in (batches[0] if inputs is None else inputs).items() if k != "labels"}
+    if inputs is not None and (not isinstance(inputs, Mapping) or not inputs):
+        raise CompressionError(f"inputs must be a batch as for model(**inputs), got {type(inputs).__name__}.")
     structure = discover(model)
     blocks = _blocks(model, structure, heads, neurons)
-    proved = prove_variants(model, trial_plan(model, structure, blocks), inputs)
     calibration = Calibration(model, structure, blocks, batches)
+    given = {name: value for name, value in (inputs or {}).items() if "label" not in name}
+    inputs = calibration.placed(given or calibration.batches[0])
+    proved = prove_variants(model, trial_plan(model, structure, blocks), inputs)
     found = curves(calibration, damping, sensitivities(calibration))
     prices = _Prices(model, inputs, blocks, proved, target, table)
     losses = {
