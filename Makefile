@@ -20,9 +20,7 @@ test-all: $(VENV)/.installed  ## with the slow ones
 	HF_HUB_OFFLINE=1 $(VENV)/bin/python -m pytest -n $(WORKERS) --dist worksteal -m "slow or not slow" $(ARGS)
 
 # what asks transformers itself: models of every family, loading and saving, generation, the Trainer
-LOWEST = families surgery loader callback trainer composition composites around_shapes conversions unreached shapes experts \
-	channels vocabulary examples exits exits_chains exits_training substitution quantization_callback quantized_models \
-	quantized_hosts distillation inner refusals regressions_training
+LOWEST = families surgery loader callback trainer composites conversions unreached channels exits quantized_models distillation
 
 test-lowest:  ## what asks transformers, on the lowest one that is supported, in an environment of its own
 	$(PYTHON) -m venv $(VENV)-lowest

@@ -240,7 +240,9 @@ def test_the_callback_joins_the_resume_of_a_dense_run(tmp_path):
     assert state["stateful_callbacks"]["PruningCallback"]["attributes"]["saved"]["scores"]
 
 
-@pytest.mark.parametrize(("family", "kind"), [("bert", "Trainer"), ("vit", "CompressionTrainer")])
+@pytest.mark.parametrize(
+    ("family", "kind"), [("bert", "Trainer"), pytest.param("vit", "CompressionTrainer", marks=pytest.mark.slow)]
+)
 def test_killed_and_resumed_it_ends_as_if_nothing_had_happened(family, kind, tmp_path):
     def run(action, folder):
         command = [sys.executable, "-m", "tests.trainers", action, str(tmp_path / folder), family, kind]

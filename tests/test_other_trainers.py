@@ -351,6 +351,7 @@ assert [value for _, value in found] == [value for _, value in steps] and steps[
 """
 
 
+@pytest.mark.slow
 def test_trackio_gets_what_the_callbacks_log(tmp_path):
     pytest.importorskip("trackio", reason=WHY)
     environment = {

@@ -75,7 +75,15 @@ def first(outputs):
     return outputs.logits if "logits" in outputs else next(v for v in outputs.values() if isinstance(v, torch.Tensor))
 
 
-@pytest.mark.parametrize("family", [name for name in FAMILIES if name not in ("resnet",)])
+DAILY = ("bert", "albert", "llama", "gpt2", "t5", "vit", "bart", "wav2vec2", "clip")  # the others are slow
+
+
+def families():
+    for name in FAMILIES:
+        yield pytest.param(name, marks=() if name in DAILY else pytest.mark.slow)
+
+
+@pytest.mark.parametrize("family", families())
 def test_every_family_is_cut_as_it_is_masked(family, tmp_path):
     model, batches = several(family)
     blocks = [b for b in blocks_of(model) if type(model.get_submodule(b.out)) in target.TAKES]
@@ -316,16 +324,20 @@ def test_what_was_timed_is_kept(monkeypatch, tmp_path):
         16,
         12,
     ]
+    monkeypatch.setattr(latency, "DRIFT", float("inf"))
     again = latency.latency_table(model, batches[0], blocks, proved, repeats=1)
-    assert len(calls) == 3 and again == table
+    assert len(calls) == 4 and again == table  # the model alone
+    monkeypatch.setattr(latency, "DRIFT", -1.0)
+    latency.latency_table(model, batches[0], blocks, proved, repeats=1)
+    assert len(calls) == 7
     torn = next(tmp_path.glob("*.json"))
     torn.write_text(torn.read_text()[:40])
     assert (
-        set(latency.latency_table(model, batches[0], blocks, proved, repeats=1).times) == set(table.times) and len(calls) == 6
+        set(latency.latency_table(model, batches[0], blocks, proved, repeats=1).times) == set(table.times) and len(calls) == 10
     )
     shorter = {key: value[:, :6] for key, value in batches[0].items()}
     latency.latency_table(model, shorter, blocks, proved, repeats=1)
-    assert len(calls) == 9 and len(list(tmp_path.glob("*.json"))) == 2
+    assert len(calls) == 13 and len(list(tmp_path.glob("*.json"))) == 2
 
 
 def test_a_measured_speedup(monkeypatch, tmp_path):

@@ -21,7 +21,7 @@ from ..files import replace_files
 from ..grams import checked_batches
 from ..measure import macs_of, numbers_of
 from ..plan import Plan
-from ..probe import quiet_run
+from ..probe import NoInputs, quiet_run
 from ..refusals import check_foreign
 from ..surgery import apply_, prove_variants
 from ..timing import speedup_of, take_turns
@@ -151,7 +151,10 @@ def prune_to(
     wanted = {"speedup": speedup, "macs": macs, "parameters": parameters, "bytes": bytes}
     target, ratio = _only(wanted)
     [pruned] = _family(model, batches, target, [ratio], inputs, heads, neurons, damping, table)
-    apply_(model, pruned.plan, inputs=inputs)
+    try:
+        apply_(model, pruned.plan)
+    except NoInputs:
+        apply_(model, pruned.plan, inputs=inputs)
     return pruned
 
 
@@ -230,7 +233,11 @@ def _family(
     calibration = Calibration(model, structure, blocks, batches)
     given = {name: value for name, value in (inputs or {}).items() if "label" not in name}
     inputs = calibration.placed(given or calibration.batches[0])
-    proved = prove_variants(model, trial_plan(model, structure, blocks), inputs)
+    trial = trial_plan(model, structure, blocks)
+    try:
+        proved = prove_variants(model, trial)
+    except NoInputs:  # slower: this is a whole batch
+        proved = prove_variants(model, trial, inputs)
     found = curves(calibration, damping, sensitivities(calibration))
     prices = _Prices(model, inputs, blocks, proved, target, table)
     losses = {
