@@ -14,12 +14,14 @@ from transformers.pytorch_utils import Conv1D
 from .cutting import Block, unit_columns
 from .discover import Attention
 from .edits import CompressionError, KeepHeads, KeepNeurons
-from .later import Later
-from .modules import GatedConv1D, GatedLinear, LockedLinear
 from .plan import Plan
+from .quantization import is_quantized
 from .resolve import Resolved
 
-TAKES = (nn.Linear, Conv1D, LockedLinear, GatedLinear, GatedConv1D)
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether a module multiplies by one float matrix of its own, which can become another."""
+    return isinstance(module, nn.Linear | Conv1D) and "weight_in" not in module._parameters and not is_quantized(module)
 
 
 def names_given(edit: KeepHeads | KeepNeurons) -> tuple[str, str]:
@@ -37,20 +39,16 @@ class Compensation:
     weight: torch.Tensor
     bias: torch.Tensor | None
 
-    def put(self, module: nn.Module, undo: Later) -> None:
-        """Into the projection once it is cut."""
-        self._set(module, "weight", self.weight.T if isinstance(module, Conv1D) else self.weight, undo)
-        if self.bias is not None:
-            self._set(module, "bias", self.bias, undo)
-
-    @staticmethod
-    def _set(module: nn.Module, key: str, value: torch.Tensor, undo: Later) -> None:
-        before = module._parameters[key]
-        assert before is not None
-        device = undo.forget(module, key) or before.device  # the slice that waits for its making is not wanted any more
-        new = nn.Parameter(value.to(device, before.dtype).contiguous(), requires_grad=before.requires_grad)
-        undo.append(partial(module._parameters.__setitem__, key, before))
-        module._parameters[key] = new
+    def put(self, module: Any, undo: list[Callable[[], None]]) -> None:
+        """Into the projection before it is cut, so that whatever is cut of it (another block's rows, too) is cut of these."""
+        weight = (module.weight.T if isinstance(module, Conv1D) else module.weight).detach().clone()
+        weight[:, self.columns.to(weight.device)] = self.weight.to(weight)
+        for key, value in (("weight", weight.T if isinstance(module, Conv1D) else weight), ("bias", self.bias)):
+            before = module._parameters[key] if value is not None else None
+            if before is not None and value is not None:
+                new = nn.Parameter(value.to(before.device, before.dtype).contiguous(), requires_grad=before.requires_grad)
+                undo.append(partial(module._parameters.__setitem__, key, before))
+                module._parameters[key] = new
 
     def simulate(self, module: Any) -> Callable[[], None]:
         """Into the projection at its full width, under a mask; gives the function that takes it back."""
@@ -89,7 +87,7 @@ def _checked(
     model: nn.Module, block: Block, edit: Any, tensors: Mapping[str, torch.Tensor], resolved: Resolved, what: str
 ) -> Compensation:
     module = model.get_submodule(block.out)
-    if block.consumer is not None or type(module) not in TAKES or getattr(block, "twins", ()):
+    if block.consumer is not None or not is_plain(module) or getattr(block, "twins", ()):
         raise CompressionError(
             f"{what} was planned with weights, and {block.out!r} ({type(module).__name__}) is no Linear of this block alone. "
             "Plan it without compensation."

@@ -62,12 +62,6 @@ class Later(list[Callable[[], None]]):
         """What these rows became: one parameter, though several modules hold the old one (which the list of undoing keeps)."""
         return self._made.setdefault((id(old), tuple(rows.tolist()), dim), make())
 
-    def forget(self, module: nn.Module, name: str) -> torch.device | None:
-        """Something else takes the place of a slice that waits; the device of the whole one, None where none waits."""
-        whole = self._whole.pop((module, name), None)
-        self._rows.pop((module, name), None)
-        return None if whole is None else whole.device
-
     def forgotten(self, model: nn.Module) -> str | None:
         """A weight that is nothing but a shape and is not waiting here: something has sliced it past this list."""
         for name, module in model.named_modules():

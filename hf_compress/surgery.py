@@ -300,11 +300,11 @@ def _cut(
         )
     with torch.inference_mode(False), torch.no_grad(), within():
         record: dict[str, Any] = {}
+        for one in new:
+            one.put(model.get_submodule(one.block.out), undo)
         for cut in cuts:
             for name, entry in cut_(model.get_submodule, cut, proved[cut.block.name], undo).items():
                 record[renamed(name, removed) or name] = joined(record.get(renamed(name, removed) or name), entry)
-        for one in new:
-            one.put(model.get_submodule(one.block.out), undo)  # type: ignore[arg-type]
         for name, entry in remove_layers_(model, removed, undo).items():
             record[name] = joined(record.get(name), entry)
     for name, owner in owners:

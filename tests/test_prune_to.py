@@ -14,6 +14,7 @@ import torch
 import transformers as T
 
 import hf_compress as hc
+from hf_compress.compensation import is_plain
 from hf_compress.discover import discover
 from hf_compress.pruning import latency, target
 from hf_compress.pruning.calibrate import Calibration
@@ -21,6 +22,7 @@ from hf_compress.pruning.compensate import compensated, curves, unit_counts
 from hf_compress.pruning.latency import LatencyTable
 from hf_compress.pruning.sensitivity import sensitivities
 from hf_compress.pruning.surgeon import Moments
+from tests.sweep.build import build as built
 from tests.zoo import FAMILIES, build
 
 CHAINS = {"bert": 3, "llama": 3, "gpt2": 3, "vit": 3, "t5": 6, "bart": 6}  # layers that are run one by one
@@ -86,7 +88,7 @@ def families():
 @pytest.mark.parametrize("family", families())
 def test_every_family_is_cut_as_it_is_masked(family, tmp_path):
     model, batches = several(family)
-    blocks = [b for b in blocks_of(model) if type(model.get_submodule(b.out)) in target.TAKES]
+    blocks = [b for b in blocks_of(model) if is_plain(model.get_submodule(b.out))]
     if not blocks:
         pytest.skip("no block has a Linear of its own as output projection")
     before = {key: value.clone() for key, value in model.state_dict().items()}
@@ -224,6 +226,60 @@ def test_the_random_direction_has_the_covariance_of_the_predictions():
     v = logits.grad.double().numpy()
     np.testing.assert_allclose(v.T @ v / len(v), np.diag(p) - np.outer(p, p), atol=5e-3)
     np.testing.assert_allclose(v.sum(1), 0, atol=1e-5)
+
+
+def test_a_projection_that_is_the_end_of_one_block_and_the_start_of_another():
+    """DETR's boxes: three Linears in a row. And its decoder's first values are all the same: nothing there varies."""
+    model, batch, _ = built("detr")
+    blocks = blocks_of(model)
+    ends, starts = {b.out for b in blocks}, {part.module for b in blocks for part in b.parts if part.dim == 0}
+    assert ends & starts == {"bbox_predictor.layers.1"}
+    batches = [batch, {**batch, "pixel_values": batch["pixel_values"].flip(0, 2)}]
+    plan, _ = compensated(Calibration(model, discover(model), blocks, batches), half(blocks))
+    with torch.no_grad():
+        dense = model(**batch).pred_boxes
+        with hc.mask_(model, plan):
+            masked = model(**batch).pred_boxes
+        cut = hc.apply_(model, plan)(**batch).pred_boxes
+    torch.testing.assert_close(cut, masked, atol=1e-6, rtol=1e-5)
+    assert (cut - dense).abs().max() < 0.05
+
+
+def test_blocks_that_the_outputs_do_not_depend_on_stay_whole():
+    """Llava reads the last layer of its images' tower but one."""
+    model, batch, _ = built("llava")
+    pruned = hc.prune_to(model, [batch, batch], parameters=1.1)
+    assert not any("vision_tower" in name and "layers.2" in name for name in pruned.sizes)
+    assert any(left < there for left, there in pruned.sizes.values())
+
+
+def test_experts_stay_whole():
+    model, batch, _ = built("switch_transformers")
+    experts = discover(model).experts
+    pruned = hc.prune_to(model, [batch, batch], parameters=1.1)
+    assert experts and not any(name.startswith(f"{mixture.name}.") for name in pruned.sizes for mixture in experts)
+
+
+def test_layers_that_talk_past_each_other_are_not_run_one_by_one():
+    """What a layer leaves for a later one in an object that both hold is there of the last batch only."""
+    model, batches = bert(), texts()
+    shared = {}
+    layers = model.bert.encoder.layer
+    plain = type(layers[0]).forward
+
+    def first_forward(self, hidden, *args, **kwargs):
+        shared["first"] = hidden
+        return plain(self, hidden, *args, **kwargs)
+
+    def last_forward(self, hidden, *args, **kwargs):
+        return plain(self, hidden + shared["first"], *args, **kwargs)
+
+    layers[0].forward = first_forward.__get__(layers[0])
+    layers[2].forward = last_forward.__get__(layers[2])
+    calibration = Calibration(model, discover(model), blocks_of(model), batches)
+    assert [segment.path for segment in calibration.segments] == [""]
+    calibration = Calibration(bert(), discover(model), blocks_of(model), batches)
+    assert len(calibration.segments) == 3
 
 
 # --- targets -----------------------------------------------------------------------------------------------------

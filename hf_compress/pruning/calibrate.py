@@ -26,7 +26,7 @@ from ..cutting import Block
 from ..discover import Structure
 from ..edits import CompressionError
 from ..modules import dense_weight
-from ..probe import quiet_run, tensors_in
+from ..probe import difference, quiet_run, tensors_in, tolerance
 from .surgeon import Moments
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -101,12 +101,12 @@ class Calibration:
         stacks: dict[str, list[str]] = {}
         for layer in structure.layers:
             stacks.setdefault(layer.path, []).append(layer.name)
-        seen: dict[str, list[tuple[Call, Any]]] = {}
+        runs: list[dict[str, list[tuple[Call, Any]]]] = []
         order: list[str] = []  # layers and projections, as they run
 
         def note(name: str, args: Any, kwargs: Any, output: Any) -> None:
             order.append(name)
-            seen.setdefault(name, []).append(((args, kwargs), output))
+            runs[-1].setdefault(name, []).append(((args, kwargs), output))
 
         layers = {name for names in stacks.values() for name in names}
         with ExitStack() as hooks:
@@ -116,7 +116,9 @@ class Calibration:
             for block in self.blocks:
                 hook = self.modules[block.out].register_forward_hook(lambda *_, n=block.out: order.append(n))
                 hooks.callback(hook.remove)
-            self._forward(self.batches[0])
+            for batch in (self.batches[0], self.batches[-1]):
+                runs.append({})
+                self._forward(batch)
         missing = [block.name for block in self.blocks if block.out not in order]
         if missing:
             raise CompressionError(
@@ -125,7 +127,7 @@ class Calibration:
         segments: list[Segment] = []
         left = sorted(self.blocks, key=lambda block: order.index(block.out))
         for path, names in stacks.items():
-            if not self._is_chain(names, seen):
+            if not self._is_chain(names, runs):
                 continue
             for i, name in enumerate(names):
                 mine = [block for block in left if block.out.startswith(f"{name}.")]
@@ -134,16 +136,33 @@ class Calibration:
         segments.sort(key=lambda segment: order.index(segment.path))
         return ([Segment("", left)] if left else []) + segments
 
-    @staticmethod
-    def _is_chain(names: list[str], seen: Mapping[str, list[tuple[Call, Any]]]) -> bool:
-        """Whether every layer runs once, and the first thing that it is given is the first thing that the one before gave."""
-        if any(len(seen.get(name, ())) != 1 for name in names):
+    def _is_chain(self, names: list[str], runs: Sequence[Mapping[str, list[tuple[Call, Any]]]]) -> bool:
+        """Whether every layer runs once, on what the one before gave, and run again one by one they give what they gave.
+
+        Layers that tell each other something in another way (keys and values that they share) do not: what the last batch left
+        behind is there for all.
+        """
+        if any(len(seen.get(name, ())) != 1 for seen in runs for name in names):
             return False
-        for one, other in zip(names, names[1:], strict=False):
-            made, taken = _hidden_of(seen[one][0][1]), _hidden_in(seen[other][0][0])
-            if made is None or taken is None or made.shape != taken.shape or not torch.equal(made, taken):
-                return False
-        return _hidden_in(seen[names[0]][0][0]) is not None
+        hidden = [_hidden_in(seen[names[0]][0][0]) for seen in runs]
+        if any(h is None for h in hidden):
+            return False
+        try:
+            with quiet_run(self.model):
+                for name in names:
+                    for i, seen in enumerate(runs):
+                        (call, output) = seen[name][0]
+                        taken, given = _hidden_in(call), hidden[i]
+                        if taken is None or given is None or taken.shape != given.shape or not torch.equal(taken, given):
+                            return False
+                        args, kwargs = _with_hidden(*_without_hidden(*call), given)
+                        again, made = _hidden_of(self.modules[name](*args, **kwargs)), _hidden_of(output)
+                        if again is None or made is None or difference(made, again) > tolerance(made.dtype):
+                            return False
+                        hidden[i] = made
+        except Exception:  # a layer that does not run by itself
+            return False
+        return True
 
     # --- running -------------------------------------------------------------------------------------------------
 

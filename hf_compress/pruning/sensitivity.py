@@ -35,6 +35,8 @@ TEMPERATURE = 2.0  # of predictions, as in distillation: of one that is sure, no
 def sensitivities(calibration: Calibration) -> dict[str, torch.Tensor]:
     """By block, the weight of each output of its projection, shape (out,): see the module's docstring.
 
+    Blocks on which the outputs do not depend are left out (the last layer of a tower of which another one is read).
+
     One backward pass for each batch, up to 256 rows.
     """
     model = calibration.model
@@ -72,9 +74,6 @@ def sensitivities(calibration: Calibration) -> dict[str, torch.Tensor]:
                     f"{type(model).__name__} does not run on a calibration batch: {type(error).__name__}: {error}"
                 ) from error
             projected(outputs, _draw_for(batch)).backward()
-    idle = [block.name for block in calibration.blocks if block.name not in squares]
-    if idle:
-        raise CompressionError(f"The outputs do not depend on {idle[0]!r} (of {len(idle)} such blocks) on these batches.")
     said = torch.tensor(float(examples), dtype=torch.float64)
     over_processes_(said, *squares.values())
     return {name: square / float(said) for name, square in squares.items()}

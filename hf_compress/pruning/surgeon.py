@@ -23,7 +23,11 @@ from dataclasses import dataclass
 
 import torch
 
+from ..edits import CompressionError
+
 BLOCK = 64  # removals whose corrections are applied together
+ROUNDING = 1e-6  # of the mean of E[x^2]
+TRIES = 8  # with ten times the damping each
 
 
 @dataclass
@@ -114,16 +118,24 @@ class Regression:
             sums.to(where, torch.float64) / n for sums in (moments.xx, moments.tx, moments.x, moments.t)
         )
         self.has_bias = bias is not None
+        raw = second.diagonal().mean()
         if self.has_bias:
             second = second - self.mean[:, None] * self.mean
             cross = cross - self.target_mean[:, None] * self.mean
-        # of what varies, but never nothing: columns that are all zero stay as they are
-        amount = damping * second.diagonal().mean().clamp_min(1e-12)
-        self.second = second + amount * torch.eye(len(second), dtype=torch.float64, device=second.device)
+        # of what varies, but more than sums in float32 are off by: inputs may be constant (the first values of DETR's decoder)
+        amount = torch.maximum(damping * second.diagonal().mean(), ROUNDING * raw).clamp_min(1e-20)
+        for _ in range(TRIES):
+            self.second = second + amount * torch.eye(len(second), dtype=torch.float64, device=second.device)
+            self._factor, failed = torch.linalg.cholesky_ex(self.second)
+            if not int(failed):
+                break
+            amount = 10 * amount
+        else:
+            raise CompressionError("What enters a projection on the calibration batches holds NaN or infinite values.")
         self.cross = cross + amount * weight
 
     def inverse(self) -> torch.Tensor:
-        return torch.cholesky_inverse(torch.linalg.cholesky(self.second))
+        return torch.cholesky_inverse(self._factor)
 
     def solve(self, columns: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The best weights on these columns alone, (out, columns), and the bias that belongs to them."""

@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 from transformers.utils import logging
 
-from ..compensation import TAKES
+from ..compensation import is_plain
 from ..cutting import Block, Variant
 from ..discover import discover
 from ..edits import CompressionError
@@ -238,7 +238,13 @@ def _family(
         proved = prove_variants(model, trial)
     except NoInputs:  # slower: this is a whole batch
         proved = prove_variants(model, trial, inputs)
-    found = curves(calibration, damping, sensitivities(calibration))
+    scales = sensitivities(calibration)
+    idle = [block.name for block in blocks if block.name not in scales]
+    if idle:
+        logger.warning(f"The outputs do not depend on {', '.join(idle[:4])}{', ...' * (len(idle) > 4)}: left whole.")
+        blocks = [block for block in blocks if block.name in scales]
+        calibration = Calibration(model, structure, blocks, batches)
+    found = curves(calibration, damping, scales)
     prices = _Prices(model, inputs, blocks, proved, target, table)
     losses = {
         block.name: {size: float(found[block.name].errors[found[block.name].units - size]) for size in prices.costs[block.name]}
@@ -260,7 +266,15 @@ def _blocks(model: nn.Module, structure: Any, heads: bool, neurons: bool) -> lis
     blocks: list[Block] = [*(structure.attentions if heads else ()), *(structure.own_ffns if neurons else ())]
     if not blocks:
         raise CompressionError(nothing_to_choose(model, structure, "heads or neurons"))
-    able = [b for b in blocks if b.consumer is None and type(model.get_submodule(b.out)) in TAKES]
+    # experts are given the tokens that a router sends them, which are others once a layer before is cut
+    experts = tuple(f"{mixture.name}." for mixture in structure.experts)
+    able = [
+        block
+        for block in blocks
+        if block.consumer is None
+        and is_plain(model.get_submodule(block.out))
+        and not (experts and f"{block.name}.".startswith(experts))
+    ]
     if not able:
         raise CompressionError(
             f"No block of this {type(model).__name__} has a Linear of its own as output projection, which second-order pruning "
@@ -268,7 +282,7 @@ def _blocks(model: nn.Module, structure: Any, heads: bool, neurons: bool) -> lis
         )
     if len(able) < len(blocks):
         logger.warning(
-            f"{len(blocks) - len(able)} blocks stay whole: their output projections are no Linear of their own (experts, say)."
+            f"{len(blocks) - len(able)} blocks stay whole: experts, or blocks without a Linear of their own at their end."
         )
     return [block for block in able if count_units(block) > 1]
 
