@@ -493,7 +493,7 @@ SHARED = """
     from hf_compress.pruning.calibrate import Calibration
     from hf_compress.pruning.compensate import compensated
     from hf_compress.pruning.sensitivity import sensitivities
-    from tests.test_prune_to import bert, texts, blocks_of, half
+    from tests.test_prune_to import bert, texts, blocks_of, half, made_up
 
     dist.init_process_group("gloo")
     rank = dist.get_rank()
@@ -503,6 +503,8 @@ SHARED = """
     scales = sensitivities(calibration)
     plan, _ = compensated(calibration, half(blocks))
     torch.save(scales, f"{sys.argv[1]}/{rank}.pt")
+    family = hc.prune_family(model, batches[rank::2], [1.5], table=made_up(model, rest=0.1 + 2 * rank))  # clocks differ
+    family[0].plan.save(f"{sys.argv[1]}/family-{rank}")
     plan.save(f"{sys.argv[1]}/{rank}")
 """
 
@@ -522,6 +524,7 @@ def test_two_processes_find_what_one_does(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     one, other = hc.Plan.load(tmp_path / "0"), hc.Plan.load(tmp_path / "1")
     assert one == other and one.edits == plan.edits
+    assert hc.Plan.load(tmp_path / "family-0") == hc.Plan.load(tmp_path / "family-1")
     for rank in (0, 1):
         torch.testing.assert_close(torch.load(tmp_path / f"{rank}.pt"), scales, rtol=1e-4, atol=1e-9)
     for name, tensor in plan.tensors.items():

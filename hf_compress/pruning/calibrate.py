@@ -82,17 +82,18 @@ class Calibration:
 
     def __init__(self, model: nn.Module, structure: Structure, blocks: Sequence[Block], batches: Sequence[Mapping[str, Any]]):
         self.model, self.blocks = model, list(blocks)
-        self.batches = [self._unlabelled(batch) for batch in batches]
+        self.batches = [self.unlabelled(batch) for batch in batches]
         self.modules = dict(model.named_modules())
         self.segments = self._segments(structure)
         self.calls: dict[tuple[str, bool], list[list[Call]]] = {}  # of a stack, dense or cut: layer -> batch -> call
         self.now: dict[tuple[str, bool], list[torch.Tensor]] = {}  # hidden states that the next layer is given, by batch
 
-    def _unlabelled(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+    def unlabelled(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """A batch without its labels, with the decoder's inputs that the model makes of them when it is trained."""
         found = {k: v for k, v in batch.items() if "label" not in str(k)}
         shift = getattr(self.model, "prepare_decoder_input_ids_from_labels", None)
         if shift is not None and isinstance(batch.get("labels"), torch.Tensor) and "decoder_input_ids" not in batch:
-            found["decoder_input_ids"] = shift(labels=batch["labels"])  # which the model makes of them when it is trained
+            found["decoder_input_ids"] = shift(labels=batch["labels"])
         return found
 
     # --- segments ------------------------------------------------------------------------------------------------
@@ -409,6 +410,15 @@ def over_processes_(*tensors: torch.Tensor) -> None:
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         for tensor in tensors:
             dist.all_reduce(tensor)
+
+
+def of_the_first(value: Any) -> Any:
+    """What the first process of a distributed run says: times differ between them, and all must cut alike."""
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+    return value
 
 
 def _hidden_in(call: Call) -> torch.Tensor | None:

@@ -25,7 +25,7 @@ from ..probe import NoInputs, quiet_run
 from ..refusals import check_foreign
 from ..surgery import apply_, prove_variants
 from ..timing import speedup_of, take_turns
-from .calibrate import Calibration
+from .calibrate import Calibration, of_the_first
 from .compensate import DAMPING, compensated, curves
 from .latency import LatencyTable, grid, latency_table, shrunk
 from .select import count_units, nothing_to_choose, trial_plan
@@ -34,7 +34,6 @@ from .solver import solve
 
 logger = logging.get_logger(__name__)
 
-TARGETS = ("speedup", "macs", "parameters", "bytes")
 WITHIN = 0.02  # of what was asked: then no other sizes are tried
 WIDTH = 0.01  # of the interval, to either side
 PAIRS = 15  # of runs, before it is asked whether they are enough
@@ -231,8 +230,7 @@ def _family(
     structure = discover(model)
     blocks = _blocks(model, structure, heads, neurons)
     calibration = Calibration(model, structure, blocks, batches)
-    given = {name: value for name, value in (inputs or {}).items() if "label" not in name}
-    inputs = calibration.placed(given or calibration.batches[0])
+    inputs = calibration.placed(calibration.batches[0] if inputs is None else calibration.unlabelled(inputs))
     trial = trial_plan(model, structure, blocks)
     try:
         proved = prove_variants(model, trial)
@@ -252,7 +250,7 @@ def _family(
     }
     family = []
     for ratio in ratios:
-        sizes, achieved, interval = prices.fit(losses, ratio)
+        sizes, achieved, interval = of_the_first(prices.fit(losses, ratio))
         less = {block.name: sizes[block.name] for block in blocks if sizes[block.name] < count_units(block)}
         plan, lost = compensated(calibration, less, damping)
         shown = {block.name: [sizes[block.name], count_units(block)] for block in blocks}
