@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import random
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -100,8 +100,31 @@ def restore_best(args: Any, state: Any, model: Any) -> None:
 def first_rows(trainer: Trainer, rows: int = 2) -> dict[str, Any] | None:
     """A small batch of the training data, collated as the Trainer would, without labels; None where rows have no index.
 
-    No data loader is made and all random states are put back, so training sees what it would have seen.
+    No data loader is made, so training sees what it would have seen.
     """
+    batches = _collated(trainer, [range(rows)])
+    if not batches:
+        return None
+    return {name: value for name, value in trainer._prepare_inputs(batches[0]).items() if "label" not in name}
+
+
+def calibration_batches(trainer: Trainer, rows: int) -> list[dict[str, Any]] | None:
+    """So many rows of the training data, evenly spread, in batches as for training; of several processes, this one's share.
+
+    None where rows have no index. Training sees what it would have seen.
+    """
+    dataset: Any = trainer.train_dataset
+    if not hasattr(dataset, "__len__") or not len(dataset):
+        return None
+    args = trainer.args
+    count = min(rows, len(dataset))
+    mine = [i * len(dataset) // count for i in range(count)][args.process_index :: args.world_size]
+    size = max(1, args.per_device_train_batch_size)
+    return _collated(trainer, [mine[i : i + size] for i in range(0, len(mine), size)])
+
+
+def _collated(trainer: Trainer, rows: Iterable[Sequence[int]]) -> list[dict[str, Any]] | None:
+    """Batches of these rows of the training data, collated as the Trainer would, with all random states put back."""
     dataset: Any = trainer.train_dataset
     if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__") or not len(dataset):
         return None
@@ -109,12 +132,10 @@ def first_rows(trainer: Trainer, rows: int = 2) -> dict[str, Any] | None:
     with torch.random.fork_rng():
         try:
             collate = trainer._get_collator_with_removed_columns(trainer.data_collator)  # type: ignore[arg-type]
-            batch = collate([dataset[i] for i in range(min(rows, len(dataset)))])
+            return [dict(collate([dataset[i] for i in chosen if i < len(dataset)])) for chosen in rows]
         finally:
             random.setstate(states[0])
             np.random.set_state(states[1])
-    batch = trainer._prepare_inputs(dict(batch))
-    return {name: value for name, value in batch.items() if "label" not in name}
 
 
 GUARDED = ("_run_epoch", "_evaluate", "_finalize_training")

@@ -88,6 +88,12 @@ class Calibration:
         self.calls: dict[tuple[str, bool], list[list[Call]]] = {}  # of a stack, dense or cut: layer -> batch -> call
         self.now: dict[tuple[str, bool], list[torch.Tensor]] = {}  # hidden states that the next layer is given, by batch
 
+    def leave_out(self, names: Sequence[str]) -> None:
+        """Look no longer at some blocks."""
+        self.blocks = [block for block in self.blocks if block.name not in names]
+        for segment in self.segments:
+            segment.blocks = [block for block in segment.blocks if block.name not in names]
+
     def unlabelled(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """A batch without its labels, with the decoder's inputs that the model makes of them when it is trained."""
         found = {k: v for k, v in batch.items() if "label" not in str(k)}
@@ -412,13 +418,23 @@ def over_processes_(*tensors: torch.Tensor) -> None:
             dist.all_reduce(tensor)
 
 
-def of_the_first(value: Any) -> Any:
-    """What the first process of a distributed run says: times differ between them, and all must cut alike."""
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        box = [value]
-        dist.broadcast_object_list(box, src=0)
-        return box[0]
-    return value
+def of_the_first(function: Callable[[], Any]) -> Any:
+    """What a function gives in the first process of a distributed run, for all of them; the others wait.
+
+    For what is timed: times differ between processes, and all must cut alike. A refusal there is one in every process.
+    """
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return function()
+    box: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            box[0] = function()
+        except CompressionError as error:
+            box[1] = str(error)
+    dist.broadcast_object_list(box, src=0)
+    if box[1] is not None:
+        raise CompressionError(box[1])
+    return box[0]
 
 
 def _hidden_in(call: Call) -> torch.Tensor | None:

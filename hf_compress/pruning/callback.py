@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from transformers.utils import logging
 
 from ..discover import nearest
 from ..edits import CompressionError
+from ..grams import checked_batches
 from ..host import (
     calling_trainer,
     guard,
@@ -29,6 +30,8 @@ from ..refusals import check_adapters
 from .run import PruningRun
 from .schedules import SCHEDULES
 from .select import check_options, check_seed
+from .staged import TARGETS, StagedRun
+from .target import one_target
 
 logger = logging.get_logger(__name__)
 
@@ -47,6 +50,11 @@ class PruningCallback(TrainerCallback, ExportableState):
     update), reduced as the score says, and averaged exponentially (`smoothing`). `"activation"` averages what enters the
     projections while training.
 
+    With a target (`speedup=3.0`), pruning is second-order and in stages (`start` to `end`, four by default): at each, a cut
+    copy of the model is calibrated on rows of the training data, the sizes that lose least for the cost are found, timed
+    beside the model as it began, and corrected until they are as fast as this stage asks; what is masked then is made up
+    for by new weights in what stays, and training heals the rest. See `prune_to`; `stages` holds what each achieved.
+
     Only evaluations at full sparsity count for `load_best_model_at_end`: a best model from before never felt the final
     mask. A checkpoint from the middle holds its masks: it loads as the masked model, and resuming from it (also after a
     kill) ends as the uninterrupted run would have. An exception in `train()` takes every gate off again.
@@ -55,17 +63,26 @@ class PruningCallback(TrainerCallback, ExportableState):
         heads (`float`, defaults to 0.0): the fraction of all heads to remove, in [0, 1).
         neurons (`float`, defaults to 0.0): the fraction of all FFN neurons to remove, in [0, 1).
         score (`str`, defaults to `"taylor"`): see `plan_pruning`.
-        schedule (`str`, defaults to `"cubic"`): `"cubic"` (Zhu & Gupta 2017), `"linear"` or `"one_shot"`.
+        schedule (`str`, *optional*): `"cubic"` (Zhu & Gupta 2017, the default without a target), `"linear"`, `"one_shot"`, or
+            with a target `"gradual"` (the default there): each stage makes the model faster by the same factor.
         start (`float`, defaults to 0.1): when masking begins, as a fraction of all steps (scores are collected before).
         end (`float`, defaults to 0.5): when full sparsity is reached; the rest heals. `"one_shot"` masks all at `start`.
-        every (`int`, *optional*): optimizer steps between two steps of the schedule; a twentieth of it by default.
+        every (`int`, *optional*): optimizer steps between two steps of the schedule; a twentieth of it by default, with a
+            target a quarter.
         scope (`str`, defaults to `"global"`): rank all layers together, or each alone (`"layer"`).
         uniform (`bool`, defaults to `False`): give every layer the same width.
         round_to (`int`, defaults to 1): round kept neurons to a multiple of this.
         smoothing (`float`, defaults to 0.98): weight of the past in the running average of scores.
         seed (`int`, defaults to 0): of `"random"`.
         inputs (`dict`, *optional*): a small batch for the proof of the cut (see `apply_`); by default inputs are made, or
-            the first two rows of the training data are taken where they cannot be.
+            the first two rows of the training data are taken where they cannot be. With a target, a batch of the size and
+            length that will be run, which is timed; by default the first batch that is calibrated on.
+        speedup, macs, parameters, bytes (`float`, *optional*): a target, how many times faster (fewer), above 1, in the place
+            of `heads` and `neurons`; see above.
+        method (`str`, *optional*): `"obs"` with a target, `"score"` without: said for the reader, there is no choice yet.
+        batches (`Iterable[dict]`, *optional*): what a target is calibrated on, in each process its share; by default rows of
+            the training data.
+        rows (`int`, defaults to 512): how many of them.
 
     Raises:
         CompressionError: at construction, options that mean nothing; when training begins, a model that cannot be cut
@@ -87,7 +104,7 @@ class PruningCallback(TrainerCallback, ExportableState):
         heads: float = 0.0,
         neurons: float = 0.0,
         score: str = "taylor",
-        schedule: str = "cubic",
+        schedule: str | None = None,
         *,
         start: float = 0.1,
         end: float = 0.5,
@@ -98,14 +115,43 @@ class PruningCallback(TrainerCallback, ExportableState):
         smoothing: float = 0.98,
         seed: int = 0,
         inputs: Mapping[str, Any] | None = None,
+        speedup: float | None = None,
+        macs: float | None = None,
+        parameters: float | None = None,
+        bytes: float | None = None,
+        method: str | None = None,
+        batches: Iterable[Mapping[str, Any]] | None = None,
+        rows: int = 512,
     ) -> None:
         check_options(heads, neurons, score, scope, round_to, uniform)
-        if not isinstance(schedule, str) or schedule not in SCHEDULES:
+        targets = {"speedup": speedup, "macs": macs, "parameters": parameters, "bytes": bytes}
+        aims = any(value is not None for value in targets.values())
+        if aims:
+            one_target(targets)
+            if heads or neurons:
+                raise CompressionError(
+                    f"Give a target ({', '.join(n for n, v in targets.items() if v is not None)}) or the fractions heads and "
+                    "neurons, not both: a target finds what goes of each."
+                )
+        methods = ("obs",) if aims else ("score",)
+        if method is not None and method not in methods:
             raise CompressionError(
-                f"Unknown schedule {schedule!r}{nearest(schedule, list(SCHEDULES))} Known: {', '.join(SCHEDULES)}."
+                f"method must be {methods[0]!r} {'with' if aims else 'without'} a target (speedup, macs, parameters or bytes), "
+                f"got {method!r}."
             )
-        if not heads and not neurons:
-            raise CompressionError("PruningCallback removes nothing: set heads or neurons to a fraction above 0.")
+        schedule = schedule or ("gradual" if aims else "cubic")
+        known = [*SCHEDULES, *(("gradual",) if aims else ())]
+        if not isinstance(schedule, str) or schedule not in known:
+            why = " (which takes a target: speedup=...)" if schedule == "gradual" else nearest(schedule, known)
+            raise CompressionError(f"Unknown schedule {schedule!r}{why} Known: {', '.join(known)}.")
+        if not heads and not neurons and not aims:
+            raise CompressionError(
+                "PruningCallback removes nothing: set heads or neurons to a fraction above 0, or a target such as speedup=2.0."
+            )
+        if type(rows) is not int or rows < 1:
+            raise CompressionError(f"rows is a number of training rows >= 1 to calibrate on, got {rows!r}.")
+        if batches is not None and not aims:
+            raise CompressionError("batches are for second-order pruning; give them with a target (speedup=).")
         if not all(isinstance(x, int | float) for x in (start, end)) or not 0 <= start <= end <= 1:
             raise CompressionError(
                 f"start and end are fractions of the training, 0 <= start <= end <= 1, got {start!r} and {end!r}."
@@ -117,7 +163,8 @@ class PruningCallback(TrainerCallback, ExportableState):
         check_seed(seed)
         if inputs is not None and not isinstance(inputs, Mapping):
             raise CompressionError(f"inputs must be a batch as for model(**inputs), got {type(inputs).__name__}.")
-        self.inputs = inputs
+        self.inputs, self.batches = inputs, None if batches is None else checked_batches(batches)
+        self.stages: list[dict[str, Any]] = []  # of a target: what was asked, achieved, left and lost each time
         self.options: dict[str, Any] = {
             "heads": heads,
             "neurons": neurons,
@@ -131,13 +178,16 @@ class PruningCallback(TrainerCallback, ExportableState):
             "round_to": round_to,
             "smoothing": smoothing,
             "seed": seed,
+            **targets,
+            "rows": rows,
         }
         self.saved: dict[str, Any] | None = None  # what a checkpoint gave back, until training begins
         self.plan: Plan | None = None  # what was cut, once training has ended
         self._run: PruningRun | None = None
 
     def __repr__(self) -> str:
-        shown = ("heads", "neurons", "score", "schedule")
+        aims = [name for name in TARGETS if self.options[name] is not None]
+        shown = (*aims, "schedule") if aims else ("heads", "neurons", "score", "schedule")
         return f"PruningCallback({', '.join(f'{name}={self.options[name]!r}' for name in shown)})"
 
     def state(self) -> dict[str, Any]:
@@ -167,7 +217,10 @@ class PruningCallback(TrainerCallback, ExportableState):
             restore_what_stock_lost(trainer, model)
         # a run that began without us has no place for our state, and Trainer assumes one
         state.stateful_callbacks.setdefault(type(self).__name__, self.state())
-        run = PruningRun(model, self.options, state.max_steps, trainer, self.inputs)
+        if any(self.options[name] is not None for name in TARGETS):
+            run = StagedRun(model, self.options, state.max_steps, trainer, self.inputs, self.batches)
+        else:
+            run = PruningRun(model, self.options, state.max_steps, trainer, self.inputs)
         run.check()
         if getattr(args, "torch_compile", False):
             torch.compiler.reset()  # graphs of an evaluation before training know no gates
@@ -208,6 +261,7 @@ class PruningCallback(TrainerCallback, ExportableState):
             )
             run.finish()
         run.warn_if_off()
+        self.stages = run.stages
         self.plan = run.cut(optimizer)
         self._run = None
         if trainer is not None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from tqdm.auto import tqdm
+from transformers.utils import logging
 
 from ..compensation import names_given
 from ..cutting import Block
@@ -17,7 +18,10 @@ from ..modules import dense_weight
 from ..plan import Plan
 from .calibrate import Calibration, weights
 from .select import heads_of, units_of
+from .sensitivity import sensitivities
 from .surgeon import Regression, removals
+
+logger = logging.get_logger(__name__)
 
 DAMPING = 0.01
 
@@ -28,6 +32,10 @@ class Curve:
 
     units: int
     errors: torch.Tensor
+
+    def at(self, sizes: Iterable[int]) -> dict[int, float]:
+        """What is lost with these sizes, as far as there are so many units."""
+        return {size: float(self.errors[self.units - size]) for size in sizes if size <= self.units}
 
 
 def curves(
@@ -58,6 +66,16 @@ def curves(
                     errors = errors / errors[-1].clamp_min(1e-12)
                 found[block.name] = Curve(len(errors) - 1, errors)
     return found
+
+
+def losses_of(calibration: Calibration, damping: float = DAMPING) -> dict[str, Curve]:
+    """Every block's `Curve`, weighed by how much the outputs depend on it; blocks on which they do not are left out."""
+    scales = sensitivities(calibration)
+    idle = [block.name for block in calibration.blocks if block.name not in scales]
+    if idle:
+        logger.warning(f"The outputs do not depend on {', '.join(idle[:4])}{', ...' * (len(idle) > 4)}: left whole.")
+        calibration.leave_out(idle)
+    return curves(calibration, damping, scales)
 
 
 def compensated(calibration: Calibration, sizes: Mapping[str, int], damping: float = DAMPING) -> tuple[Plan, dict[str, float]]:

@@ -12,8 +12,8 @@ import torch.distributed as dist
 from torch import nn
 from transformers import PreTrainedModel, Trainer
 
-from ..cutting import Block
-from ..discover import Attention, Part, Structure, discover
+from ..cutting import Block, Variant
+from ..discover import Attention, Structure, discover
 from ..edits import CompressionError
 from ..host import first_rows
 from ..layout import gates_of
@@ -24,9 +24,9 @@ from ..plan import Plan
 from ..probe import NoInputs, owners_in
 from ..record import own_configs_
 from ..refusals import check_foreign
-from ..surgery import apply_, prove_plan
+from ..surgery import apply_, prove_variants
 from .schedules import SCHEDULES
-from .scores import SCORES
+from .scores import SCORES, Score
 from .select import (
     alive_units,
     check_measurable,
@@ -46,6 +46,8 @@ from .select import (
 class PruningRun:
     """One `train()` of one model. The callback tells it when; it knows what."""
 
+    STAGES = 20  # steps of the schedule
+
     def __init__(
         self,
         model: nn.Module,
@@ -56,34 +58,44 @@ class PruningRun:
     ) -> None:
         self.model, self.options, self.trainer = model, options, trainer
         check_foreign(model)
-        self.how = SCORES[options["score"]]
+        self.how = self._score()
         self.structure: Structure = discover(model)
-        self.blocks: list[Block] = [
-            *(self.structure.attentions if options["heads"] else ()),
-            *(self.structure.own_ffns if options["neurons"] else ()),
-        ]
-        for what, blocks in (("heads", self.structure.attentions), ("neurons", self.structure.own_ffns)):
-            if options[what] and not blocks:
-                raise CompressionError(nothing_to_choose(model, self.structure, what))
+        self.blocks = self._blocks()
         self.outs = {block.name: model.get_submodule(block.out) for block in self.blocks}
         self.consumers = {block.name: block.consumer for block in self.blocks}
-        check_measurable(model, self.blocks, options["score"])
-        own = next((block for block in self.blocks if block.consumer is not None), None)
-        if own is not None and self.how.needs == "activation":
-            raise CompressionError(
-                f"score={options['score']!r} is counted by our own Linear, and {own.out!r} is a "
-                f"{type(self.outs[own.name]).__name__}. Use score='taylor' or 'magnitude'."
-            )
         self.first = max(1, round(options["start"] * max_steps))
         self.last = self.first if options["schedule"] == "one_shot" else max(self.first, round(options["end"] * max_steps))
-        self.every = options["every"] or max(1, (self.last - self.first) // 20)
+        self.every = options["every"] or max(1, (self.last - self.first) // self.STAGES)
         self.scores: dict[str, torch.Tensor] = {}
         self.alive: dict[str, torch.Tensor] = {}
         self.is_full = False
+        self.stages: list[dict[str, Any]] = []  # of a run that has a target
         self.inputs = inputs
-        self.found: dict[str, tuple[Part, ...]] = {}
+        self.proved: dict[str, Variant] = {}
         self.records: list[tuple[PreTrainedModel, Any]] = []
         self.gated_before: dict[str, torch.Tensor | None] = {}
+
+    def _score(self) -> Score:
+        return SCORES[self.options["score"]]
+
+    def _blocks(self) -> list[Block]:
+        """What is pruned; refused where there is none, or none that can be scored."""
+        model, options = self.model, self.options
+        for what, blocks in (("heads", self.structure.attentions), ("neurons", self.structure.own_ffns)):
+            if options[what] and not blocks:
+                raise CompressionError(nothing_to_choose(model, self.structure, what))
+        found: list[Block] = [
+            *(self.structure.attentions if options["heads"] else ()),
+            *(self.structure.own_ffns if options["neurons"] else ()),
+        ]
+        check_measurable(model, found, options["score"])
+        own = next((block for block in found if block.consumer is not None), None)
+        if own is not None and self.how.needs == "activation":
+            raise CompressionError(
+                f"score={options['score']!r} is counted by our own Linear, and {own.out!r} is a "
+                f"{type(model.get_submodule(own.out)).__name__}. Use score='taylor' or 'magnitude'."
+            )
+        return found
 
     # --- begin and end -----------------------------------------------------------------------------------------
 
@@ -99,7 +111,7 @@ class PruningRun:
                     )
         plan = trial_plan(self.model, self.structure, self.blocks)
         try:
-            self.found = prove_plan(self.model, plan, self.inputs)
+            self.proved = prove_variants(self.model, plan, self.inputs)
         except NoInputs as error:
             if self.inputs is not None:
                 raise
@@ -107,7 +119,7 @@ class PruningRun:
             if self.inputs is None:
                 raise NoInputs(f"{error} Give them to the callback: PruningCallback(inputs=...).") from error
             try:
-                self.found = prove_plan(self.model, plan, self.inputs)
+                self.proved = prove_variants(self.model, plan, self.inputs)
             except NoInputs as again:
                 raise NoInputs(f"{again} Give them to the callback: PruningCallback(inputs=...).") from again
 
@@ -201,7 +213,7 @@ class PruningRun:
         if self.is_full or step < self.first or (step < self.last and (step - self.first) % self.every):
             return False
         progress = 1.0 if step >= self.last else (step - self.first) / (self.last - self.first)
-        self._mask(SCHEDULES[self.options["schedule"]](progress))
+        self._mask(progress)
         self.is_full = progress >= 1.0
         return self.is_full
 
@@ -217,8 +229,8 @@ class PruningRun:
                 warn_if_off(what, self.options[what], kept, {name: len(a) for name, a in alive.items()})
 
     @torch.no_grad()
-    def _mask(self, share: float) -> None:
-        ranking = self._ranking()
+    def _mask(self, progress: float) -> None:
+        share, ranking = SCHEDULES[self.options["schedule"]](progress), self._ranking()
         for kind, what in ((True, "heads"), (False, "neurons")):
             scores = {b.name: ranking[b.name] for b in self.blocks if isinstance(b, Attention) is kind}
             if not scores:
@@ -235,13 +247,17 @@ class PruningRun:
                 self.alive[name] = torch.zeros_like(self.alive[name])
                 self.alive[name][units] = True
         self._write_gates()
+        self._log(self._shares())
+
+    def _log(self, numbers: dict[str, float]) -> None:
         if self.trainer is not None:
-            Trainer.log(self.trainer, self._shares())  # a subclass's log empties averages of its own (TRL)
+            Trainer.log(self.trainer, numbers)  # a subclass's log empties averages of its own (TRL)
 
     def _ranking(self) -> dict[str, torch.Tensor]:
         """The scores by block, the same on every rank."""
         if self.how.needs == "weight":
-            raw = {b.name: self.how.reduce(weight_squares(self.model, b, self.found)) for b in self.blocks}
+            found = {name: variant.parts for name, variant in self.proved.items()}
+            raw = {b.name: self.how.reduce(weight_squares(self.model, b, found)) for b in self.blocks}
         elif self.how.needs == "seed":
             raw = {b.name: self.how.reduce(count_units(b), seed=self.options["seed"] + i) for i, b in enumerate(self.blocks)}
         else:

@@ -42,4 +42,24 @@ def cubic(progress: float) -> float:
     return 1 - (1 - progress) ** 3
 
 
+def ratio_at(schedule: str, progress: float, ratio: float) -> float:
+    """How many times faster (smaller) a model that ends `ratio` times faster is at a point of its training.
+
+    `"gradual"` makes it faster by the same factor at every stage, `ratio ** progress` (Kurtic et al. 2023, *ZipLM*, prune one
+    target after the other); the schedules above give the share of what goes, `1 / (1 - share (1 - 1 / ratio))`.
+
+    Example:
+
+    ```python
+    >>> from hf_compress.pruning.schedules import ratio_at
+    >>> [ratio_at("gradual", progress, 4.0) for progress in (0.0, 0.5, 1.0)], ratio_at("linear", 0.5, 4.0)
+    ([1.0, 2.0, 4.0], 1.6)
+
+    ```
+    """
+    if schedule == "gradual":
+        return ratio**progress
+    return 1 / (1 - SCHEDULES[schedule](progress) * (1 - 1 / ratio))
+
+
 SCHEDULES: dict[str, Callable[[float], float]] = {"one_shot": one_shot, "linear": linear, "cubic": cubic}

@@ -5,40 +5,26 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers.utils import logging
 
-from ..compensation import is_plain
-from ..cutting import Block, Variant
 from ..discover import discover
 from ..edits import CompressionError
 from ..files import replace_files
 from ..grams import checked_batches
-from ..measure import macs_of, numbers_of
 from ..plan import Plan
-from ..probe import NoInputs, quiet_run
+from ..probe import NoInputs
 from ..refusals import check_foreign
 from ..surgery import apply_, prove_variants
-from ..timing import speedup_of, take_turns
-from .calibrate import Calibration, of_the_first
-from .compensate import DAMPING, compensated, curves
-from .latency import LatencyTable, grid, latency_table, shrunk
-from .select import count_units, nothing_to_choose, trial_plan
-from .sensitivity import sensitivities
-from .solver import solve
-
-logger = logging.get_logger(__name__)
-
-WITHIN = 0.02  # of what was asked: then no other sizes are tried
-WIDTH = 0.01  # of the interval, to either side
-PAIRS = 15  # of runs, before it is asked whether they are enough
-LONGEST = 60.0  # seconds that a model of some sizes is timed
-TRIES = 6  # of sizes
+from .calibrate import Calibration
+from .compensate import DAMPING, compensated, losses_of
+from .latency import LatencyTable
+from .prices import Prices, blocks_for
+from .select import count_units, trial_plan
 
 
 @dataclass(frozen=True)
@@ -148,7 +134,7 @@ def prune_to(
     ```
     """
     wanted = {"speedup": speedup, "macs": macs, "parameters": parameters, "bytes": bytes}
-    target, ratio = _only(wanted)
+    target, ratio = one_target(wanted)
     [pruned] = _family(model, batches, target, [ratio], inputs, heads, neurons, damping, table)
     try:
         apply_(model, pruned.plan)
@@ -190,11 +176,11 @@ def prune_family(
     """
     if isinstance(speedups, str | bytes) or not isinstance(speedups, Sequence) or not speedups:
         raise CompressionError(f"speedups must be a sequence of numbers above 1, got {speedups!r}.")
-    ratios = [_only({"speedup": value})[1] for value in speedups]
+    ratios = [one_target({"speedup": value})[1] for value in speedups]
     return _family(model, batches, "speedup", ratios, inputs, heads, neurons, damping, table)
 
 
-def _only(wanted: Mapping[str, Any]) -> tuple[str, float]:
+def one_target(wanted: Mapping[str, Any]) -> tuple[str, float]:
     given = {name: value for name, value in wanted.items() if value is not None}
     if len(given) != 1:
         raise CompressionError(f"Give exactly one of {', '.join(wanted)}, got {', '.join(given) or 'none'}.")
@@ -228,7 +214,7 @@ def _family(
     if inputs is not None and (not isinstance(inputs, Mapping) or not inputs):
         raise CompressionError(f"inputs must be a batch as for model(**inputs), got {type(inputs).__name__}.")
     structure = discover(model)
-    blocks = _blocks(model, structure, heads, neurons)
+    blocks = blocks_for(model, structure, heads, neurons)
     calibration = Calibration(model, structure, blocks, batches)
     inputs = calibration.placed(calibration.batches[0] if inputs is None else calibration.unlabelled(inputs))
     trial = trial_plan(model, structure, blocks)
@@ -236,147 +222,16 @@ def _family(
         proved = prove_variants(model, trial)
     except NoInputs:  # slower: this is a whole batch
         proved = prove_variants(model, trial, inputs)
-    scales = sensitivities(calibration)
-    idle = [block.name for block in blocks if block.name not in scales]
-    if idle:
-        logger.warning(f"The outputs do not depend on {', '.join(idle[:4])}{', ...' * (len(idle) > 4)}: left whole.")
-        blocks = [block for block in blocks if block.name in scales]
-        calibration = Calibration(model, structure, blocks, batches)
-    found = curves(calibration, damping, scales)
-    prices = _Prices(model, inputs, blocks, proved, target, table)
-    losses = {
-        block.name: {size: float(found[block.name].errors[found[block.name].units - size]) for size in prices.costs[block.name]}
-        for block in blocks
-    }
+    found = losses_of(calibration, damping)
+    blocks = calibration.blocks
+    prices = Prices(model, inputs, blocks, proved, target, table)
+    losses = {block.name: found[block.name].at(prices.costs[block.name]) for block in blocks}
     family = []
     for ratio in ratios:
-        sizes, achieved, interval = of_the_first(prices.fit(losses, ratio))
+        sizes, achieved, interval = prices.fit(losses, ratio)
         less = {block.name: sizes[block.name] for block in blocks if sizes[block.name] < count_units(block)}
         plan, lost = compensated(calibration, less, damping)
         shown = {block.name: [sizes[block.name], count_units(block)] for block in blocks}
         seconds = time.perf_counter() - start
         family.append(Pruned(plan, target, ratio, achieved, interval, shown, lost, prices.conditions, seconds))
     return family
-
-
-def _blocks(model: nn.Module, structure: Any, heads: bool, neurons: bool) -> list[Block]:
-    """What can be cut and compensated."""
-    blocks: list[Block] = [*(structure.attentions if heads else ()), *(structure.own_ffns if neurons else ())]
-    if not blocks:
-        raise CompressionError(nothing_to_choose(model, structure, "heads or neurons"))
-    # experts are given the tokens that a router sends them, which are others once a layer before is cut
-    experts = tuple(f"{mixture.name}." for mixture in structure.experts)
-    able = [
-        block
-        for block in blocks
-        if block.consumer is None
-        and is_plain(model.get_submodule(block.out))
-        and not (experts and f"{block.name}.".startswith(experts))
-    ]
-    if not able:
-        raise CompressionError(
-            f"No block of this {type(model).__name__} has a Linear of its own as output projection, which second-order pruning "
-            "needs; plan_pruning takes the others."
-        )
-    if len(able) < len(blocks):
-        logger.warning(
-            f"{len(blocks) - len(able)} blocks stay whole: experts, or blocks without a Linear of their own at their end."
-        )
-    return [block for block in able if count_units(block) > 1]
-
-
-class _Prices:
-    """What sizes cost, and the model of some sizes beside the dense one."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        inputs: Mapping[str, Any],
-        blocks: Sequence[Block],
-        proved: Mapping[str, Variant],
-        target: str,
-        table: LatencyTable | None,
-    ) -> None:
-        self.model, self.inputs, self.blocks, self.proved, self.target = model, inputs, blocks, proved, target
-        self.is_predicted = table is not None
-        if target == "speedup":
-            table = table or latency_table(model, inputs, blocks, proved)
-            unknown = [block.name for block in blocks if block.name not in table.times]
-            wrong = [b.name for b in blocks if b.name in table.times and max(table.times[b.name]) != count_units(b)]
-            if unknown or wrong:
-                raise CompressionError(f"The latency table is of another model: it does not fit {(unknown + wrong)[0]!r}.")
-            self.costs, self.total, self.conditions = table.times, table.total, table.conditions
-        else:
-            self.costs = {block.name: self._counts(block) for block in blocks}
-            self.total, self.conditions = self._count(model), {}
-        self.fixed = self.total - sum(self.costs[block.name][count_units(block)] for block in blocks)
-
-    def _counts(self, block: Block) -> dict[int, float]:
-        """Parameters, bytes or MACs of the module around a block, by size: they change linearly, so two sizes say all."""
-        units = count_units(block)
-        ends = []
-        for size in (1, units):
-            ends.append(
-                self._count(shrunk(self.model, "", [(block, size)], self.proved)) if size < units else self._count(self.model)
-            )
-        slope = (ends[1] - ends[0]) / (units - 1)
-        return {size: ends[1] - slope * (units - size) for size in grid(block)}
-
-    def _count(self, model: nn.Module) -> float:
-        if self.target == "macs":
-            with quiet_run(model) as run:
-                return float(macs_of(model, lambda: run(self.inputs)))
-        unique = {id(p): (n, p.nbytes) for module in model.modules() for p, n in numbers_of(module)}
-        return float(sum(pair[self.target == "bytes"] for pair in unique.values()))
-
-    def fit(self, losses: Mapping[str, Mapping[int, float]], ratio: float) -> tuple[dict[str, int], float, Any]:
-        """Sizes that meet a target: (sizes, what is achieved, its interval)."""
-        aim, best = ratio, None
-        for _ in range(TRIES):
-            try:
-                sizes = solve(losses, {name: self.costs[name] for name in losses}, self.total / aim, self.fixed)
-            except CompressionError:
-                if best is not None:
-                    break
-                raise CompressionError(self._cannot(ratio)) from None
-            achieved, interval = self._achieved(sizes, ratio)
-            if self.target == "speedup" and not self.is_predicted:
-                off, enough = abs(achieved / ratio - 1), WITHIN
-            else:
-                off, enough = max(0.0, 1 - achieved / ratio), 0.0
-            if best is None or off < best[0]:
-                best = off, sizes, achieved, interval
-            if off <= enough or self.is_predicted:
-                break
-            aim *= ratio / achieved
-        assert best is not None
-        return best[1], best[2], best[3]
-
-    def _achieved(self, sizes: Mapping[str, int], ratio: float) -> tuple[float, tuple[float, float] | None]:
-        if self.is_predicted:
-            spent = self.fixed + sum(self.costs[block.name][sizes[block.name]] for block in self.blocks)
-            return self.total / spent, None
-        small = shrunk(self.model, "", [(block, sizes[block.name]) for block in self.blocks], self.proved)
-        if self.target != "speedup":
-            return self.total / self._count(small), None
-        start = time.perf_counter()
-        with quiet_run(self.model) as dense, quiet_run(small) as run:
-            runs: list[Callable[[], Any]] = [lambda: run(self.inputs), lambda: dense(self.inputs)]
-            times: list[list[float]] = [[], []]
-            while True:
-                for own, more in zip(times, take_turns(runs, PAIRS, 0 if times[0] else 2), strict=True):
-                    own += more
-                speedup, interval = speedup_of(times)
-                assert speedup is not None and interval is not None
-                wide = max(interval[1] - speedup, speedup - interval[0]) / speedup
-                # how far off is known well enough: other sizes are tried before these are timed for long
-                if wide <= WIDTH or abs(speedup / ratio - 1) > WITHIN + wide or time.perf_counter() - start > LONGEST:
-                    return speedup, interval
-
-    def _cannot(self, ratio: float) -> str:
-        least = self.fixed + sum(min(self.costs[block.name].values()) for block in self.blocks)
-        most = f"{self.total / least:.2f}" if least > 0 else "any"
-        return (
-            f"{self.target}={ratio:g} is more than cutting heads and neurons can give here: about {most} at most, with one "
-            "head and a few neurons left in every block. Ask for less, remove layers first (KeepLayers), or quantize as well."
-        )

@@ -1,0 +1,174 @@
+"""What the sizes of blocks cost, and the sizes that meet a target: chosen, timed beside the dense model, corrected."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import nn
+from transformers.utils import logging
+
+from ..compensation import is_plain
+from ..cutting import Block, Variant
+from ..edits import CompressionError
+from ..measure import macs_of, numbers_of
+from ..probe import quiet_run
+from ..timing import speedup_of, take_turns
+from .calibrate import of_the_first
+from .latency import LatencyTable, grid, latency_table, shrunk
+from .select import count_units, nothing_to_choose
+from .solver import solve
+
+logger = logging.get_logger(__name__)
+
+WITHIN = 0.02  # of what was asked: then no other sizes are tried
+WIDTH = 0.01  # of the interval, to either side
+PAIRS = 15  # of runs, before it is asked whether they are enough
+LONGEST = 60.0  # seconds that a model of some sizes is timed
+SHORT = 8.0  # of one on the way to another
+TRIES = 6  # of sizes
+
+
+def blocks_for(model: nn.Module, structure: Any, heads: bool, neurons: bool) -> list[Block]:
+    """What can be cut and compensated."""
+    blocks: list[Block] = [*(structure.attentions if heads else ()), *(structure.own_ffns if neurons else ())]
+    if not blocks:
+        raise CompressionError(nothing_to_choose(model, structure, "heads or neurons"))
+    # experts are given the tokens that a router sends them, which are others once a layer before is cut
+    experts = tuple(f"{mixture.name}." for mixture in structure.experts)
+    able = [
+        block
+        for block in blocks
+        if block.consumer is None
+        and is_plain(model.get_submodule(block.out))
+        and not (experts and f"{block.name}.".startswith(experts))
+    ]
+    if not able:
+        raise CompressionError(
+            f"No block of this {type(model).__name__} has a Linear of its own as output projection, which second-order pruning "
+            "needs; plan_pruning takes the others."
+        )
+    if len(able) < len(blocks):
+        logger.warning(
+            f"{len(blocks) - len(able)} blocks stay whole: experts, or blocks without a Linear of their own at their end."
+        )
+    return [block for block in able if count_units(block) > 1]
+
+
+class Prices:
+    """What sizes cost, and the model of some sizes beside the dense one."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        inputs: Mapping[str, Any],
+        blocks: Sequence[Block],
+        proved: Mapping[str, Variant],
+        target: str,
+        table: LatencyTable | None,
+    ) -> None:
+        self.model, self.inputs, self.blocks, self.proved, self.target = model, inputs, blocks, proved, target
+        self.is_predicted = table is not None
+        self.bias = 1.0  # of the table: what is asked of it for what is wanted
+        if target == "speedup":
+            known: LatencyTable = table or of_the_first(lambda: latency_table(model, inputs, blocks, proved))
+            unknown = [block.name for block in blocks if block.name not in known.times]
+            wrong = [b.name for b in blocks if b.name in known.times and max(known.times[b.name]) != count_units(b)]
+            if unknown or wrong:
+                raise CompressionError(f"The latency table is of another model: it does not fit {(unknown + wrong)[0]!r}.")
+            self.costs, self.total, self.conditions = known.times, known.total, known.conditions
+        else:
+            self.costs = {block.name: self._counts(block) for block in blocks}
+            self.total, self.conditions = self._count(model), {}
+        self.fixed = self.total - sum(self.costs[block.name][count_units(block)] for block in blocks)
+
+    def _counts(self, block: Block) -> dict[int, float]:
+        """Parameters, bytes or MACs of the module around a block, by size: they change linearly, so two sizes say all."""
+        units = count_units(block)
+        ends = []
+        for size in (1, units):
+            ends.append(
+                self._count(shrunk(self.model, "", [(block, size)], self.proved)) if size < units else self._count(self.model)
+            )
+        slope = (ends[1] - ends[0]) / (units - 1)
+        return {size: ends[1] - slope * (units - size) for size in grid(block)}
+
+    def _count(self, model: nn.Module) -> float:
+        if self.target == "macs":
+            with quiet_run(model) as run:
+                return float(macs_of(model, lambda: run(self.inputs)))
+        unique = {id(p): (n, p.nbytes) for module in model.modules() for p, n in numbers_of(module)}
+        return float(sum(pair[self.target == "bytes"] for pair in unique.values()))
+
+    def check(self, ratio: float) -> None:
+        """Refuse a target that the smallest sizes do not meet."""
+        if self.fixed + sum(min(of.values()) for of in self.costs.values()) > self.total / ratio:
+            raise CompressionError(self._cannot(ratio))
+
+    def fit(
+        self, losses: Mapping[str, Mapping[int, float]], ratio: float, rough: bool = False
+    ) -> tuple[dict[str, int], float, Any]:
+        """Sizes that meet a target: (sizes, what is achieved, its interval); of the first process, for all.
+
+        `rough`: time one model, and not for long: a target on the way to another.
+        """
+        sizes, achieved, interval, self.bias = of_the_first(lambda: self._fit(losses, ratio, rough))
+        return sizes, achieved, interval
+
+    def _fit(
+        self, losses: Mapping[str, Mapping[int, float]], ratio: float, rough: bool
+    ) -> tuple[dict[str, int], float, Any, float]:
+        aim, best = ratio * self.bias, None
+        timed = self.target == "speedup" and not self.is_predicted
+        for _ in range(1 if rough and timed else TRIES):
+            try:
+                sizes = solve(losses, {name: self.costs[name] for name in losses}, self.total / aim, self.fixed)
+            except CompressionError:
+                if best is not None:
+                    break
+                if aim > ratio:  # more than was asked, to make up for the table
+                    aim = ratio
+                    continue
+                raise CompressionError(self._cannot(ratio)) from None
+            achieved, interval = self._achieved(sizes, ratio, SHORT if rough else LONGEST)
+            if timed:
+                off, enough = abs(achieved / ratio - 1), WITHIN
+            else:
+                off, enough = max(0.0, 1 - achieved / ratio), 0.0
+            if best is None or off < best[0]:
+                best = off, sizes, achieved, interval, aim / achieved if timed else 1.0
+            if off <= enough or self.is_predicted:
+                break
+            aim *= ratio / achieved
+        assert best is not None
+        return best[1], best[2], best[3], best[4]
+
+    def _achieved(self, sizes: Mapping[str, int], ratio: float, longest: float) -> tuple[float, tuple[float, float] | None]:
+        if self.is_predicted:
+            spent = self.fixed + sum(self.costs[block.name][sizes[block.name]] for block in self.blocks)
+            return self.total / spent, None
+        small = shrunk(self.model, "", [(block, sizes[block.name]) for block in self.blocks], self.proved)
+        if self.target != "speedup":
+            return self.total / self._count(small), None
+        start = time.perf_counter()
+        with quiet_run(self.model) as dense, quiet_run(small) as run:
+            runs: list[Callable[[], Any]] = [lambda: run(self.inputs), lambda: dense(self.inputs)]
+            times: list[list[float]] = [[], []]
+            while True:
+                for own, more in zip(times, take_turns(runs, PAIRS, 0 if times[0] else 2), strict=True):
+                    own += more
+                speedup, interval = speedup_of(times)
+                assert speedup is not None and interval is not None
+                wide = max(interval[1] - speedup, speedup - interval[0]) / speedup
+                # how far off is known well enough: other sizes are tried before these are timed for long
+                if wide <= WIDTH or abs(speedup / ratio - 1) > WITHIN + wide or time.perf_counter() - start > longest:
+                    return speedup, interval
+
+    def _cannot(self, ratio: float) -> str:
+        least = self.fixed + sum(min(self.costs[block.name].values()) for block in self.blocks)
+        most = f"{self.total / least:.2f}" if least > 0 else "any"
+        return (
+            f"{self.target}={ratio:g} is more than cutting heads and neurons can give here: about {most} at most, with one "
+            "head and a few neurons left in every block. Ask for less, remove layers first (KeepLayers), or quantize as well."
+        )

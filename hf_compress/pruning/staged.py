@@ -1,0 +1,171 @@
+"""One training that prunes to a target in stages: second-order, with new weights for what stays, healed in between."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Trainer
+from transformers.pytorch_utils import Conv1D
+from transformers.utils import logging
+
+from ..cutting import Block, cut_
+from ..discover import Attention, discover
+from ..edits import CompressionError
+from ..grams import checked_batches
+from ..host import calibration_batches
+from ..modules import ungate_
+from ..probe import NoInputs
+from ..structural import Dropped, copy_of, finder_in
+from .calibrate import Calibration
+from .compensate import DAMPING, compensated, losses_of
+from .latency import cut_of
+from .prices import Prices, blocks_for
+from .run import PruningRun
+from .schedules import ratio_at
+from .scores import Score
+from .select import count_units, units_of
+
+logger = logging.get_logger(__name__)
+
+TARGETS = ("speedup", "macs", "parameters", "bytes")
+OFF = 0.03  # between what was asked and what is achieved, before it is said
+
+
+class StagedRun(PruningRun):
+    """Gates while training; at every stage a cut copy of the model is calibrated, sized and timed.
+
+    What a stage finds is put into the gated model: new zeros in the gates, and the weights that make up for them.
+    """
+
+    STAGES = 4
+
+    def __init__(
+        self,
+        model: nn.Module,
+        options: dict[str, Any],
+        max_steps: int,
+        trainer: Trainer | None,
+        inputs: Mapping[str, Any] | None,
+        batches: Sequence[Mapping[str, Any]] | None,
+    ) -> None:
+        super().__init__(model, options, max_steps, trainer, None)  # proofs make small inputs where they can
+        self.target = next(name for name in TARGETS if options[name] is not None)
+        self.ratio = float(options[self.target])
+        self.typical, self.batches = inputs, batches
+        self.stages: list[dict[str, Any]] = []
+
+    def _score(self) -> Score:
+        return Score("second order", lambda scores: scores)
+
+    def _blocks(self) -> list[Block]:
+        return blocks_for(self.model, self.structure, True, True)
+
+    def check(self) -> None:
+        if self.batches is None:
+            self.batches = None if self.trainer is None else calibration_batches(self.trainer, self.options["rows"])
+            if self.batches is None:
+                raise CompressionError(
+                    "Second-order pruning looks at data, and rows of the training data cannot be taken by number: give some to "
+                    "the callback, PruningCallback(batches=[...])."
+                )
+        self.batches = checked_batches(self.batches)
+        try:
+            super().check()
+        except NoInputs:
+            if self.typical is None:
+                raise
+            self.inputs = self.typical
+            super().check()
+        double = self._copy()
+        calibration = Calibration(double, self.structure, self.blocks, self.batches)
+        self.batches = calibration.batches
+        given = self.batches[0] if self.typical is None else calibration.unlabelled(self.typical)
+        self.prices = Prices(double, calibration.placed(given), self.blocks, self.proved, self.target, None)
+        self.prices.check(self.ratio)
+        self.prices.model = self.model  # the copy may go
+
+    def _copy(self) -> nn.Module:
+        """The model without gates, and without what a Trainer puts around its forward."""
+        double = copy_of(self.model)
+        for part in double.modules():  # accelerate's autocast calls the forward of the model that was copied
+            if hasattr(vars(part).get("forward"), "__wrapped__"):
+                vars(part).pop("forward")
+                vars(part).pop("_original_forward", None)
+        for block in self.blocks:
+            ungate_(double.get_submodule(block.out))
+        return double
+
+    @torch.no_grad()
+    def _mask(self, progress: float) -> None:
+        asked = ratio_at(self.options["schedule"], progress, self.ratio)
+        if asked <= 1:
+            return
+        dense = self.prices.model = self._copy()
+        small = copy_of(dense)
+        alive = {block.name: self.alive[block.name].nonzero().flatten() for block in self.blocks}
+        for block in self.blocks:
+            if len(alive[block.name]) < count_units(block):
+                cut = cut_of(block, alive[block.name].tolist())
+                cut_(finder_in(small, ""), cut, self.proved[block.name], Dropped())
+        structure = discover(small)
+        own = {block.name: block for block in (*structure.attentions, *structure.own_ffns)}
+        assert self.batches is not None
+        calibration = Calibration(small, structure, [own[block.name] for block in self.blocks], self.batches)
+        with torch.enable_grad():
+            found = losses_of(calibration)
+        there = {name: len(units) for name, units in alive.items()}
+        losses = {name: found[name].at(self.prices.costs[name]) if name in found else {n: 0.0} for name, n in there.items()}
+        sizes, achieved, interval = self.prices.fit(losses, asked, rough=progress < 1)
+        less = {name: size for name, size in sizes.items() if size < there[name]}
+        plan, lost = compensated(calibration, less, DAMPING)
+        self.prices.model = self.model  # the copy may go
+        tensors = plan.tensors or {}
+        for block in self.blocks:
+            if block.name in less:
+                kept = self._kept(plan, block.name, own[block.name])
+                self._put(block, alive[block.name][kept], tensors)
+        self._write_gates()
+        self.stages.append({
+            "asked": asked,
+            "achieved": achieved,
+            "interval": None if interval is None else list(interval),
+            "sizes": {block.name: [sizes[block.name], count_units(block)] for block in self.blocks},
+            "losses": lost,
+        })  # fmt: skip
+        self._log({**self._shares(), self.target: round(achieved, 4)})
+
+    @staticmethod
+    def _kept(plan: Any, name: str, block: Block) -> torch.Tensor:
+        """The units of a cut block that an edit keeps."""
+        edit = next(edit for edit in plan if name == getattr(edit, "attention", getattr(edit, "ffn", None)))
+        if not isinstance(block, Attention):
+            return torch.tensor(edit.neurons)
+        heads = torch.tensor(edit.heads)
+        return heads if block.num_key_value_heads == 1 else (heads // block.groups).unique()
+
+    def _put(self, block: Block, kept: torch.Tensor, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Let these units stay, with the weights that make up for the others."""
+        self.alive[block.name] = torch.zeros_like(self.alive[block.name])
+        self.alive[block.name][kept] = True
+        module: Any = self.outs[block.name]
+        columns = self.alive[block.name][units_of(block)].nonzero().flatten().to(module.weight.device)
+        weight = module.weight.T if isinstance(module, Conv1D) else module.weight
+        weight[:, columns] = tensors[f"{block.name}.out_weight"].to(weight)
+        bias = tensors.get(f"{block.name}.out_bias")
+        if bias is not None:
+            module.bias.copy_(bias)
+
+    def warn_if_off(self) -> None:
+        achieved = self.stages[-1]["achieved"] if self.stages else 1.0
+        if abs(achieved / self.ratio - 1) > OFF:
+            logger.warning(f"{self.target}={self.ratio:g} was asked, and {achieved:.2f} is achieved.")
+
+    def state(self) -> dict[str, Any]:
+        return {**super().state(), "stages": self.stages}
+
+    def _resume(self, saved: dict[str, Any]) -> None:
+        super()._resume(saved)
+        self.stages = list(saved.get("stages", []))
