@@ -70,6 +70,20 @@ def interval(differences: np.ndarray, draws: int = 2000) -> list[float]:
     return [float(np.quantile(means, q)) for q in (0.025, 0.975)]
 
 
+def healed(dense: Any, args: Any, rows: sst2.Rows, collate: Any, inputs: Any, seed: int) -> tuple[Any, hc.PruningCallback]:
+    """Pruned in stages while the dense model teaches, then trained on."""
+    set_seed(seed)
+    model = copy.deepcopy(dense)
+    prune = hc.PruningCallback(speedup=args.heal_speedup, inputs=inputs, start=args.start, end=args.end, rows=args.sentences)
+    arguments = hc.DistillationArguments(
+        str(Path(args.output) / f"healed-{seed}"), num_train_epochs=args.heal, per_device_train_batch_size=32,
+        learning_rate=args.rate, save_strategy="no", report_to=[], seed=seed, alpha_task=0.5, alpha_kd=0.5, temperature=2.0,
+    )  # fmt: skip
+    trainer = hc.DistillationTrainer(model, arguments, train_dataset=rows, data_collator=collate, callbacks=[prune])
+    trainer.train()
+    return model.eval(), prune
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default=sst2.DATA, help="folder with train.tsv, dev.tsv, test.tsv")
@@ -82,6 +96,12 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--length", type=int, default=64)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--heal", type=float, default=0, metavar="EPOCHS", help="also prune in stages while training so long")
+    parser.add_argument("--heal-speedup", type=float, default=3.0)
+    parser.add_argument("--start", type=float, default=0.0, help="of the training, where the first stage is")
+    parser.add_argument("--end", type=float, default=0.4, help="and the last")
+    parser.add_argument("--rate", type=float, default=1e-4, help="learning rate while it heals")
+    parser.add_argument("--bits", type=int, default=0, help="and quantize what is healed: 8 or 4")
     args = parser.parse_args()
     sst2.need(args.data)
     torch.set_num_threads(args.threads)
@@ -93,7 +113,7 @@ def main() -> None:
     labels = torch.tensor([row["labels"] for row in rows])
     inputs = sst2.timing_batch(splits["dev"], tokenizer, args.batch, args.length)
     found: list[dict[str, Any]] = []
-    wrong: dict[float, list[np.ndarray]] = {speedup: [] for speedup in args.speedups}
+    wrong: dict[Any, list[np.ndarray]] = {speedup: [] for speedup in args.speedups}
     for seed in range(args.teachers):
         dense = teacher(output / f"dense-{seed}", source, tokenizer, splits["train"], seed, args.epochs)
         meant = logits_of(dense, rows, collate)
@@ -122,6 +142,30 @@ def main() -> None:
                 }
             )
             print(json.dumps({k: v for k, v in found[-1].items() if k not in ("sizes", "conditions")}), flush=True)
+        if args.heal:
+            start = time.perf_counter()
+            small, prune = healed(dense, args, splits["train"], collate, inputs, seed)
+            seconds = time.perf_counter() - start
+            for bits in (0, args.bits) if args.bits else (0,):
+                if bits:
+                    hc.apply_(small, hc.plan_quantization(small, bits=bits))
+                now = (logits_of(small, rows, collate).argmax(-1) == labels).float()
+                report = hc.measure(small, inputs, against=dense, repeats=30)
+                name = f"healed{f', {bits} bit' * bool(bits)}"
+                wrong.setdefault(name, []).append((right - now).numpy())
+                found.append(
+                    {
+                        "teacher": seed,
+                        "dense": right.mean().item() * 100,
+                        "asked": name,
+                        "achieved": report.speedup,
+                        "interval": report.speedup_interval,
+                        "points lost": (right - now).mean().item() * 100,
+                        "stages": prune.stages,
+                        "seconds of training": round(seconds, 1),
+                    }
+                )
+                print(json.dumps({k: v for k, v in found[-1].items() if k != "stages"}), flush=True)
     summary = []
     for speedup, lost in wrong.items():
         mine = [row for row in found if row["asked"] == speedup]
@@ -130,7 +174,7 @@ def main() -> None:
             "achieved": [round(row["achieved"], 3) for row in mine],
             "points lost": float(np.stack(lost).mean() * 100),
             "95% interval": [round(100 * bound, 2) for bound in interval(np.stack(lost))],
-            "kl": float(np.mean([row["kl"] for row in mine])),
+            "kl": float(np.mean([row["kl"] for row in mine])) if "kl" in mine[0] else None,
         }
         summary.append(line)
         print(json.dumps(line))

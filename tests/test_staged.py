@@ -230,3 +230,25 @@ def test_layers_in_a_bigger_model_than_its_base(tmp_path):
     t.save_model(str(tmp_path / "out"))
     loaded = T.AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").eval()
     assert torch.equal(loaded(**texts()[0]).logits, t.model.eval()(**texts()[0]).logits)
+
+
+def test_the_dense_model_teaches_by_default(tmp_path):
+    from tests.trainers import rows
+
+    args = hc.DistillationArguments(
+        str(tmp_path), max_steps=4, use_cpu=True, report_to=[], save_strategy="no", disable_tqdm=True, learning_rate=1e-2,
+        logging_steps=1,
+    )  # fmt: skip
+    model = bert()
+    batch, dense = texts()[0], fingerprint(model)
+    meant = copy.deepcopy(model)(**batch).logits
+    prune = hc.PruningCallback(parameters=1.3, start=0.25, end=0.5)
+    t = hc.DistillationTrainer(model, args, train_dataset=rows(), callbacks=[prune])
+    t.train()
+    [teacher] = t.teachers
+    assert torch.equal(teacher.model(**batch).logits, meant) and fingerprint(teacher.model) == dense != fingerprint(model)
+    assert prune.stages[-1]["achieved"] >= 1.3
+    lost = [entry["loss_kd"] for entry in t.state.log_history if "loss_kd" in entry]
+    assert len(lost) == 4 and max(lost) > 0, t.state.log_history
+    with pytest.raises(hc.CompressionError, match="teacher_model=, a model"):
+        hc.DistillationTrainer(bert(), args, train_dataset=rows())

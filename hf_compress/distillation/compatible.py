@@ -11,7 +11,9 @@ from torch import nn
 
 from ..plan import CompressionError
 from ..probe import NoInputs, quiet_run
+from ..pruning.callback import PruningCallback
 from ..quantization import is_quantized
+from ..quantization.callback import QuantizationCallback
 from .arguments import DistillationArguments
 from .tasks import LANGUAGE, task_of
 
@@ -22,7 +24,10 @@ LAYER_DROP = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")
 def as_teachers(given: Any) -> tuple[nn.Module, ...]:
     """One teacher or several as a tuple; refused if they are not models."""
     if given is None:
-        raise CompressionError("DistillationTrainer needs teacher_model=, a model or a list of models.")
+        raise CompressionError(
+            "DistillationTrainer needs teacher_model=, a model or a list of models. (With a PruningCallback or "
+            "QuantizationCallback in callbacks=, the model as it is teaches itself.)"
+        )
     teachers = tuple(given) if isinstance(given, list | tuple | nn.ModuleList) else (given,)
     if not teachers:
         raise CompressionError("teacher_model is an empty list; give one model or several.")
@@ -35,6 +40,12 @@ def as_teachers(given: Any) -> tuple[nn.Module, ...]:
         if not isinstance(teacher, nn.Module) or getattr(teacher, "config", None) is None:
             raise CompressionError(f"A teacher is a transformers model (a module with a config), got {type(teacher).__name__}.")
     return teachers
+
+
+def changes_weights(callback: Any) -> bool:
+    """Whether a callback, or class of one, compresses the student while it learns."""
+    kind = callback if isinstance(callback, type) else type(callback)
+    return issubclass(kind, PruningCallback | QuantizationCallback)
 
 
 def plain(model: Any) -> Any:

@@ -12,9 +12,10 @@ from transformers import Trainer
 from ..host import first_rows
 from ..plan import CompressionError
 from ..probe import NoInputs, example_inputs
+from ..structural import copy_of
 from ..trainer import CompressionTrainer
 from .arguments import DistillationArguments
-from .compatible import as_teachers, check_pair, has_labels, hidden_states, match_layers, plain
+from .compatible import as_teachers, changes_weights, check_pair, has_labels, hidden_states, match_layers, plain
 from .losses import binary_kl_divergence, cosine_distance, kl_divergence, squared_error
 from .projection import ProjectedStudent, load_projections, make_projections, save_projections
 from .tasks import count_labels, count_rows, distilled_tokens, real_tokens
@@ -58,6 +59,8 @@ class DistillationMixin(Base):
             )
         if getattr(args, "use_liger_kernel", False) and args.alpha_kd:
             raise CompressionError("use_liger_kernel computes the loss without logits, which distillation needs; turn it off.")
+        if teacher_model is None and model is not None and any(changes_weights(c) for c in kwargs.get("callbacks") or ()):
+            teacher_model = copy_of(model)  # as it is now: what it is compressed from
         teachers = as_teachers(teacher_model)
         self.distillation_task = None if model is None else check_pair(model, teachers, args)
         super().__init__(model, args, *positional, **kwargs)
@@ -312,7 +315,9 @@ class DistillationTrainer(DistillationMixin, CompressionTrainer):
     Args:
         model (`PreTrainedModel`): the student; see `init_student`.
         args (`DistillationArguments`): a Trainer's arguments, and the weights of the terms.
-        teacher_model (`PreTrainedModel` or a list of them): already loaded, with the student's vocabulary and labels.
+        teacher_model (`PreTrainedModel` or a list of them): already loaded, with the student's vocabulary and labels. May be
+            left out where `callbacks` holds a `PruningCallback` or `QuantizationCallback`: a copy of the student as it is
+            then teaches it.
         **kwargs: what `Trainer` takes.
 
     Raises:

@@ -251,7 +251,9 @@ class PruningRun:
 
     def _log(self, numbers: dict[str, float]) -> None:
         if self.trainer is not None:
+            due = self.trainer.control.should_log  # which `log` takes back: the loss of this step would not be told
             Trainer.log(self.trainer, numbers)  # a subclass's log empties averages of its own (TRL)
+            self.trainer.control.should_log = due
 
     def _ranking(self) -> dict[str, torch.Tensor]:
         """The scores by block, the same on every rank."""
