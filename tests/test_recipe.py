@@ -302,7 +302,7 @@ def test_words_are_the_arguments_of_the_classes(word, owner):
 
     step = {"schedule": "prune", "decode": "quantize"}[word]
     assert word in STEPS[step].words
-    assert set(inspect.signature(owner).parameters) - {"inputs"} <= STEPS[step].words.keys()
+    assert set(inspect.signature(owner).parameters) - {"inputs", "batches"} <= STEPS[step].words.keys()
 
 
 def test_spans_of_tokens_without_labels_for_them_are_refused(tmp_path):

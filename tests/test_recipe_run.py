@@ -504,3 +504,13 @@ def test_a_stage_that_had_a_teacher_says_so(name, options, said):
     row = stage_row({"name": f"02-{name}", "metrics": {"accuracy": 0.75}}, "accuracy", cost, Step(name, options))
     assert row == {"name": said, "metric": 0.75, "latency": 0.5, "parameters": 10, "bytes": 40}
     assert ("distilled" in techniques([], {"stages": [row]})) == ("distil" in said)
+
+
+@pytest.mark.parametrize("training", [{}, {"max_steps": 8, "end": 0.8, "teacher": "previous"}])
+def test_to_a_target(training, world, tmp_path):
+    """With training and without: what is left is counted."""
+    step = {"prune": {"parameters": 1.2, **training}}
+    recipe = {**world, "steps": [TUNE, step, MEASURE], "output": str(tmp_path / "out")}
+    report = run_recipe(recipe)
+    assert report.against is not None
+    assert report.against.parameters / report.model.parameters >= 1.2

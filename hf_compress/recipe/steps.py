@@ -27,6 +27,10 @@ from ..plan import Plan
 from ..planners import plan_depthwise, plan_low_rank, plan_quantization
 from ..pruning import plan_pruning
 from ..pruning.callback import PruningCallback
+from ..pruning.prices import blocks_for
+from ..pruning.select import trial_plan
+from ..pruning.staged import TARGETS
+from ..pruning.target import prune_to
 from ..quantization.callback import QuantizationCallback
 from ..surgery import apply_
 from .shares import check_share
@@ -39,7 +43,7 @@ logger = logging.get_logger(__name__)
 MOST_ROWS = 65_536  # of a batch that is timed
 
 CALLBACK_ONLY = {
-    "prune": set(words_of(PruningCallback)) - set(words_of(plan_pruning)),
+    "prune": set(words_of(PruningCallback)) - set(words_of(plan_pruning)) - set(TARGETS),
     "quantize": set(words_of(QuantizationCallback)) - set(words_of(plan_quantization)),
 }
 
@@ -179,8 +183,11 @@ def _finetune(step: Step, model: Any, stage: Stage) -> tuple[Any, Plan]:
 
 
 def _check_prune(step: Step) -> None:
-    if not step.options.get("heads") and not step.options.get("neurons"):
-        raise CompressionError("prune removes nothing: set heads: or neurons: to a fraction above 0.")
+    aims = _targets(step)
+    if not aims and not step.options.get("heads") and not step.options.get("neurons"):
+        raise CompressionError("prune removes nothing: set heads: or neurons: to a fraction above 0, or speedup: above 1.")
+    if "length" in step.options and "speedup" not in aims:
+        raise CompressionError("length is that of the texts that are timed; give it with speedup:, or leave it out.")
     if step.trains:
         if "calibration_samples" in step.options:
             raise CompressionError("calibration_samples scores without training, and this step trains; leave one of them out.")
@@ -189,10 +196,27 @@ def _check_prune(step: Step) -> None:
     late = sorted(CALLBACK_ONLY["prune"] & step.options.keys())
     if late:
         raise CompressionError(f"{late[0]} is a word of pruning while training: add epochs: or max_steps:, or leave it out.")
-    PruningCallback(**{k: v for k, v in step.own(plan_pruning).items() if k in words_of(PruningCallback)})
+    if aims:
+        idle = sorted(step.own(plan_pruning).keys() - {"heads", "neurons"})
+        if idle:
+            raise CompressionError(f"{idle[0]} would do nothing with {next(iter(aims))}: leave it out.")
+    PruningCallback(**aims, **{k: v for k, v in step.own(plan_pruning).items() if k in words_of(PruningCallback)})
+
+
+def _targets(step: Step) -> dict[str, float]:
+    """What is asked for, where it is no share: a speed-up, or so many times fewer of something."""
+    return {name: step.options[name] for name in TARGETS if step.options.get(name) is not None}
+
+
+def _typical(step: Step, setup: Setup) -> dict[str, torch.Tensor]:
+    """The batch that a speed-up is meant for: of 32 rows, as long as the run measures if nothing else is said."""
+    return setup.timing_batch(32, step.options.get("length") or min(64, setup.options.max_length or 64))
 
 
 def _rehearse_prune(step: Step, model: Any, setup: Setup) -> Any:
+    if _targets(step):
+        structure = discover(model)
+        return _applied(model, trial_plan(model, structure, blocks_for(model, structure, True, True)), setup)
     options = {k: v for k, v in step.own(PruningCallback).items() if k in words_of(plan_pruning)}
     plan = plan_pruning(model, **{**options, "score": "random", "seed": 0})
     check_share(discover(model), options)
@@ -202,9 +226,15 @@ def _rehearse_prune(step: Step, model: Any, setup: Setup) -> Any:
 def _prune(step: Step, model: Any, stage: Stage) -> tuple[Any, Plan]:
     setup = stage.setup
     if step.trains:
-        callback = PruningCallback(**step.own(PruningCallback), inputs=setup.inputs(model))
+        inputs = _typical(step, setup) if _targets(step) else setup.inputs(model)
+        callback = PruningCallback(**step.own(PruningCallback), inputs=inputs)
         model = _train(step, model, stage, [callback])
         return model, callback.plan or Plan()
+    if _targets(step):
+        rows = list(setup.batches("train", step.options.get("calibration_samples", 512), size=32))
+        pruned = prune_to(model, rows, **_targets(step), inputs=_typical(step, setup))
+        logger.info(f"{step.name}: {pruned}")
+        return model, pruned.plan
     batches: Any = calibration(step, setup)
     options = step.own(plan_pruning)
     if setup.name == "sentence-similarity":  # the loss is not the model's own
@@ -379,7 +409,7 @@ def _words(*sources: Any, also: tuple[str, ...] = ()) -> dict[str, Any]:
 STEPS: dict[str, StepKind] = {
     "finetune": StepKind(training_words(), _nothing, _as_it_is, _finetune, True),
     "prune": StepKind(
-        _words(PruningCallback, plan_pruning, also=("calibration_samples",)), _check_prune, _rehearse_prune, _prune
+        _words(PruningCallback, plan_pruning, also=("calibration_samples", "length")), _check_prune, _rehearse_prune, _prune
     ),
     "distill": StepKind(_words(also=("layers",)), _nothing, _rehearse_distill, _distill, True),
     "quantize": StepKind(_words(QuantizationCallback), _check_quantize, _rehearse_quantize, _quantize),
