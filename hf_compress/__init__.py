@@ -31,6 +31,7 @@ from .edits import (
     KeepVocabulary,
     LowRank,
     Quantize,
+    Sparsify,
 )
 from .exits import detach_exits_, exit_layers, exit_options, set_exits_
 from .exits.callback import EarlyExitCallback
@@ -86,6 +87,7 @@ __all__ = [
     "RecipeError",
     "Report",
     "Seq2SeqDistillationArguments",
+    "Sparsify",
     "Structure",
     "apply_",
     "apply_to_folder",

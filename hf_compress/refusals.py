@@ -18,6 +18,7 @@ from .loader import compression_of
 from .masking import skip_layer
 from .modules import is_gated
 from .probe import owners_in, tensors_in
+from .sparse import is_sparse
 
 
 def check_foreign(model: nn.Module) -> None:
@@ -86,6 +87,10 @@ def check_part(modules: Mapping[str, nn.Module], part: Part) -> None:
     """Refuse a projection whose weight cannot be sliced."""
     module = modules[part.module]
     check_weights(part.module, module)
+    if is_sparse(module):
+        raise CompressionError(
+            f"{part.module!r} is sparse, and its mask has a bit for every weight. Cut first, then Sparsify what is left."
+        )
     if isinstance(module, nn.Linear | Conv1D) and not is_plain_linear(module):
         raise CompressionError(
             f"{part.module!r} is a {type(module).__module__}.{type(module).__name__}, not a plain Linear, so its "

@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from . import compensation
 from .cutting import Undo
 from .discover import nearest
-from .edits import CompressionError, DepthwiseSeparable, KeepHeads, KeepNeurons, LowRank, Quantize
+from .edits import CompressionError, DepthwiseSeparable, KeepHeads, KeepNeurons, LowRank, Quantize, Sparsify
 from .fits import best_kernels, best_rank, compose_kernels
 from .kinds import low_rank_, not_separable, separable_
 from .loader import host_quantized_
@@ -23,8 +23,10 @@ from .modules import LockedLinear, LowRankLinear, dense_weight, is_gated
 from .probe import difference, owners_in, probing, tensors_in, tolerance
 from .quantization import dequantized, is_quantized, quantize_, quantized_
 from .refusals import check_weights
+from .sparse import DENSE, MASK, follows, is_sparse, not_sparsifiable, options_of_sparse, sparsify_, unsparse_
+from .sparsity import choose_masks, from_matrix, matrix_of, read_pattern, unpack_bits
 
-Substitution = LowRank | DepthwiseSeparable | Quantize
+Substitution = LowRank | DepthwiseSeparable | Quantize | Sparsify
 Tensors = Mapping[str, torch.Tensor]
 
 
@@ -70,6 +72,8 @@ def substitute_(
                 undo.append(before.restore)
                 if type(sharer) is LockedLinear:
                     sharer.__class__ = nn.Linear  # type: ignore[assignment]
+                if is_sparse(sharer):  # integers hold the zeros, another mask replaces this one
+                    unsparse_(sharer)
                 kinds = [*sharer.__dict__.get("hfc_kinds", [])]
                 if sharer is module or not isinstance(edit, Quantize):
                     kinds.append(BECOME[type(edit)](sharer, edit, _given(edit, name, sharer, tensors)))
@@ -151,10 +155,37 @@ def _share_quantized(module: Any, sharer: Any, edit: Quantize) -> list[Any]:
     return ["quantized", options]
 
 
+def _become_sparse(module: Any, edit: Sparsify, given: dict[str, torch.Tensor] | None) -> list[Any]:
+    weight, group = module.weight, read_pattern(edit.pattern)
+    rows = matrix_of(module, weight.detach())
+    if given is None:
+        scores = {edit.module: rows.abs()}
+        mask = from_matrix(module, choose_masks(scores, edit.sparsity, "row", edit.pattern)[edit.module], weight.shape)
+    else:
+        bits = given[MASK]
+        if bits.dtype != torch.uint8 or tuple(bits.shape) != (-(-weight.numel() // 8),):
+            raise CompressionError(
+                f"The plan's mask of {edit.module!r} is {bits.dtype} {tuple(bits.shape)}, and its {weight.numel():,} weights "
+                f"take uint8 ({-(-weight.numel() // 8)},). Make the plan on the model as the edits before it leave it: apply "
+                "those first."
+            )
+        mask = unpack_bits(bits, weight.shape)
+    found = 1 - int(mask.sum()) / mask.numel()
+    if group is not None and not follows(module, mask, *group):
+        raise CompressionError(f"The plan's mask of {edit.module!r} is not {edit.pattern}; make the plan again.")
+    if group is None and abs(found - edit.sparsity) > max(1e-3, 1 / rows.shape[1]):  # type: ignore[operator]
+        raise CompressionError(
+            f"The plan's mask of {edit.module!r} removes {found:.4g} of its weights, and the plan says {edit.sparsity:.4g}."
+        )
+    sparsify_(module, mask.contiguous(), None if given is None else given.get("weight"), edit.pattern)
+    return ["sparse", options_of_sparse(module)]
+
+
 BECOME: dict[type, Callable[..., list[Any]]] = {
     LowRank: _become_low_rank,
     DepthwiseSeparable: _become_separable,
     Quantize: _become_quantized,
+    Sparsify: _become_sparse,
 }
 
 
@@ -163,7 +194,7 @@ def _given(edit: Substitution, name: str, module: nn.Module, tensors: Tensors | 
         return None
     wanted = names_given(edit)
     found = {key.rpartition(".")[2]: value for key, value in (tensors or {}).items() if key in wanted}
-    if not found or (isinstance(edit, LowRank) and len(found) < 2):
+    if not found or (isinstance(edit, LowRank) and len(found) < 2) or (isinstance(edit, Sparsify) and MASK not in found):
         raise CompressionError(
             f"{type(edit).__name__}({edit.module!r}) was planned with tensors ({', '.join(sorted(wanted))}), which this plan "
             "does not carry. Use the plan that its planner returned, or Plan.load(folder)."
@@ -183,11 +214,15 @@ def names_given(edit: Any) -> set[str]:
         return set()
     if isinstance(edit, KeepHeads | KeepNeurons):
         return set(compensation.names_given(edit))
-    keys = ("weight", "weight_in") if isinstance(edit, LowRank) else SCALES
+    keys = KEYS_GIVEN[type(edit)]
     return {f"{edit.module}.{key}" for key in keys}
 
 
-SCALES = ("weight_scale", "weight_zero", "weight_in_scale", "weight_in_zero")
+KEYS_GIVEN: dict[type, tuple[str, ...]] = {
+    LowRank: ("weight", "weight_in"),
+    Quantize: ("weight_scale", "weight_zero", "weight_in_scale", "weight_in_zero"),
+    Sparsify: (MASK, "weight"),
+}
 
 
 def _entry(module: Any, kinds: list[Any]) -> dict[str, Any]:
@@ -217,7 +252,18 @@ def _check(model: nn.Module, name: str, module: Any, edit: Substitution, tied: l
     if is_quantized(module):
         again = "quantized already" if isinstance(edit, Quantize) else "quantized, and integers have no better approximation"
         raise CompressionError(f"{name!r} is {again}: {what} must come first, once, or start from the float model.")
-    if isinstance(edit, LowRank):
+    if is_sparse(module) and isinstance(edit, LowRank | DepthwiseSeparable):
+        raise CompressionError(f"{name!r} is sparse, and a product of thinner ones has no zeros; use {what} alone, or first.")
+    if is_sparse(module) and isinstance(edit, Quantize) and edit.bits < 8:
+        raise CompressionError(
+            f"{name!r} is sparse, and the grids of {edit.bits} bits have no point at exactly zero, so its zeros would "
+            "be lost. 8 bits keep them; or quantize alone."
+        )
+    if isinstance(edit, Sparsify):
+        reason = not_sparsifiable(module) if type(module) is not LockedLinear else None
+        if reason is not None:
+            raise CompressionError(f"{name!r} cannot be made sparse: {reason}.")
+    elif isinstance(edit, LowRank):
         if type(module) is LowRankLinear:
             raise CompressionError(
                 f"{name!r} is low-rank already (rank {module.rank}); start from the dense model for another."
@@ -228,7 +274,7 @@ def _check(model: nn.Module, name: str, module: Any, edit: Substitution, tied: l
         reason = not_separable(module, edit.multiplier)
         if reason:
             raise CompressionError(f"{name!r} cannot be made depthwise separable: {reason}.")
-    elif type(module) not in (nn.Linear, Conv1D, LockedLinear, LowRankLinear, nn.Embedding):
+    elif DENSE.get(type(module), type(module)) not in (nn.Linear, Conv1D, LockedLinear, LowRankLinear, nn.Embedding):
         raise CompressionError(f"Quantize takes a Linear, Conv1D or Embedding, and {name!r} is a {_kind(module)}.")
     if tied and not (isinstance(edit, Quantize) and {type(m) for _, m in tied} <= {nn.Linear, nn.Embedding}):
         raise CompressionError(
@@ -290,8 +336,10 @@ def effective(module: Any, before: _State) -> dict[str, nn.Parameter | None]:
     """The parameters under which the module that was there computes what the new one does."""
     if is_quantized(module):
         found = dequantized(module)
-        if before.kind is Conv1D:
+        if issubclass(before.kind, Conv1D):
             found = {**found, "weight": found["weight"].T}
+    elif is_sparse(module):
+        found = {"weight": module.weight.detach()}
     elif isinstance(module, LowRankLinear):
         weight = dense_weight(module)
         found = {"weight": weight.T if before.kind is Conv1D else weight}

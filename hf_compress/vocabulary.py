@@ -17,6 +17,7 @@ from .layout import skeleton
 from .probe import NoInputs, difference, example_inputs, probing, tensors_in, tolerance
 from .quantization import is_quantized
 from .refusals import check_weights
+from .sparse import is_sparse
 from .token_ids import renumber_
 from .vocabularies import Vocabulary, held_in, holders_of, ids_needed, numbers_in, tensors_of, the_vocabulary, vocabularies
 
@@ -79,6 +80,10 @@ def _check(one: Vocabulary) -> None:
         if is_quantized(module):
             raise CompressionError(
                 f"{path!r} is quantized, and its rows cannot be taken apart. KeepVocabulary comes first, then Quantize."
+            )
+        if is_sparse(module):
+            raise CompressionError(
+                f"{path!r} is sparse, and its mask has a bit for every row. KeepVocabulary comes first, then Sparsify."
             )
         check_weights(path, module)
         sizes = {vars(config)[key] for _, config, key in one.sizes}

@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from .checks import spans_of
 from .edits import (
     AddExits,
     DepthwiseSeparable,
@@ -20,7 +21,6 @@ from .edits import (
     KeepVocabulary,
     LowRank,
     Quantize,
-    spans_of,
 )
 from .report import Latency, Report, Timing
 
