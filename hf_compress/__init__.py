@@ -48,6 +48,7 @@ from .pruning import plan_pruning
 from .pruning.callback import PruningCallback
 from .pruning.latency import LatencyTable
 from .pruning.target import Pruned, prune_family, prune_to
+from .pruning.weights import plan_sparsity
 from .publish import PushError
 from .quantization.callback import QuantizationCallback
 from .quantization.to_float import dequantize_
@@ -107,6 +108,7 @@ __all__ = [
     "plan_low_rank",
     "plan_pruning",
     "plan_quantization",
+    "plan_sparsity",
     "plan_vocabulary",
     "prune_family",
     "prune_to",

@@ -112,8 +112,8 @@ class SparseConv1D(_Sparse, Conv1D):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return torch.addmm(self.bias, x.reshape(-1, x.size(-1)), self._held()).view(*x.shape[:-1], self.nf)
 
-    def extra_repr(self) -> str:
-        return f"nf={self.nf}, nx={self.nx}{super().extra_repr()}"
+    def __repr__(self) -> str:
+        return f"SparseConv1D(nf={self.nf}, nx={self.nx}{self.extra_repr()})"
 
 
 class _SparseConvolution(_Sparse):
