@@ -47,6 +47,7 @@ from .planners import plan_depthwise, plan_low_rank, plan_quantization
 from .pruning import plan_pruning
 from .pruning.callback import PruningCallback
 from .pruning.latency import LatencyTable
+from .pruning.sparsity_callback import SparsityCallback
 from .pruning.target import Pruned, prune_family, prune_to
 from .pruning.weights import plan_sparsity
 from .publish import PushError
@@ -89,6 +90,7 @@ __all__ = [
     "Report",
     "Seq2SeqDistillationArguments",
     "Sparsify",
+    "SparsityCallback",
     "Structure",
     "apply_",
     "apply_to_folder",

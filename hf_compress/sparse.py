@@ -65,6 +65,13 @@ class _Sparse:
         vars(new).update(vars(old))  # transformers marks what it has loaded
         self._parameters["weight"] = new
 
+    def blank_(self) -> None:
+        """A dense weight of zeros in the place of a vector that nothing has filled."""
+        old = self._parameters["weight"]
+        if old.ndim == 1:
+            zeros = torch.zeros(self.hfc_shape, dtype=old.dtype, device=old.device)
+            self._parameters["weight"] = nn.Parameter(zeros, requires_grad=old.requires_grad)
+
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[misc]
         weight = destination[prefix + "weight"]

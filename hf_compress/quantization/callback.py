@@ -30,6 +30,7 @@ from ..modules import is_gated
 from ..plan import Plan
 from ..planners import HEADS, check_choice, plan_quantization
 from ..pruning.callback import PruningCallback
+from ..pruning.sparsity_callback import SparsityCallback
 from ..publish import card_in_
 from ..refusals import check_adapters
 from ..substitute import sharers, weights_in
@@ -132,7 +133,7 @@ class QuantizationCallback(TrainerCallback):
         check_adapters(model)
         refuse_drifting(trainer, type(self).__name__)
         for other in [] if trainer is None else trainer.callback_handler.callbacks:
-            if other is not self and isinstance(other, PruningCallback | QuantizationCallback):
+            if other is not self and isinstance(other, PruningCallback | QuantizationCallback | SparsityCallback):
                 raise CompressionError(
                     f"A QuantizationCallback cannot share a training with a {type(other).__name__}: both change what the same "
                     "modules compute. Train twice: prune first, then quantize what is left."
