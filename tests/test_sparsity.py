@@ -395,3 +395,23 @@ def test_what_a_sparse_layer_computes_is_the_masked_product():
     assert torch.equal(layer(x), expected)
     with torch.no_grad():
         assert torch.equal(layer(x), expected)
+
+
+# --- what people are told ----------------------------------------------------------------------------------------
+
+
+def test_the_report_counts_what_is_not_zero_and_the_card_says_that_it_gains_no_time(tmp_path):
+    model, batch = build("bert")
+    dense, _ = build("bert")
+    plan = hc.plan_sparsity(model, sparsity=0.75)
+    hc.apply_(model, plan)
+    report = hc.measure(model, batch, against=dense, repeats=3)
+    gone = sum(round(0.75 * m.weight.numel()) for m in sparse_in(model).values())
+    assert report.model.nonzero == report.model.parameters - gone and report.against.nonzero is None
+    assert "not zero" in str(report) and hc.Report.from_dict(report.to_dict()) == report
+    model.save_pretrained(tmp_path)
+    assert report.model.bytes == _tensor_bytes(tmp_path)
+    card = hc.render_card(plan, report)
+    assert "75.0% of the weights of 18 modules are zero" in card and "gain no time" in card
+    assert "parameters that are not zero" in card and "made sparse" in card
+    assert "not zero" not in str(hc.measure(dense, batch, repeats=3))
