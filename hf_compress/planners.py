@@ -22,6 +22,7 @@ from .plan import Plan
 from .probe import NoInputs, probing, use_of_weights
 from .quantization import is_quantized
 from .refusals import check_foreign
+from .sparse import DENSE, is_sparse
 from .substitute import sharers, weights_in
 
 logger = logging.get_logger(__name__)
@@ -246,7 +247,7 @@ def plan_quantization(
     model = loaded(model)
     _refuse_quantized(model)
     kinds = (nn.Linear, Conv1D, LockedLinear, LowRankLinear, *((nn.Embedding,) if embeddings else ()))
-    candidates: dict[str, Any] = {name: m for name, m in model.named_modules() if type(m) in kinds}
+    candidates: dict[str, Any] = {name: m for name, m in model.named_modules() if DENSE.get(type(m), type(m)) in kinds}
     if modules is not None:
         candidates = {name: module for name, module in candidates.items() if re.search(modules, name)}
     what = "Linear or Embedding" if embeddings else "Linear"
@@ -274,6 +275,8 @@ def plan_quantization(
             reasons[name] = "it does not run on the inputs that were made for it; pass inputs="
         elif is_gated(module):
             reasons[name] = "it is masked; cut it first"
+        elif is_sparse(module) and bits < 8:
+            reasons[name] = f"it is sparse, and grids of {bits} bits have no point at exactly zero (8 bits have)"
         elif not {type(m) for _, m in tied} <= {nn.Linear, nn.Embedding}:
             reasons[name] = f"it shares its weight with {tied[0][0]!r}, which cannot be quantized"
         elif not embeddings and any(isinstance(other, nn.Embedding) for _, other in tied):

@@ -80,6 +80,11 @@ class _Sparse:
         if weight.is_meta:
             destination[prefix + "weight"] = weight.new_empty(self.hfc_kept)
             return
+        if tuple(weight.shape) != self.hfc_shape:
+            raise CompressionError(
+                f"The weight of {prefix.rstrip('.') or 'a module'!r} was replaced by one of another shape than its mask: "
+                f"{tuple(weight.shape)}, not {self.hfc_shape}."
+            )
         mask = self.mask().to(weight.device)
         grown = int((weight.masked_fill(mask, 0) != 0).sum())
         if grown:

@@ -155,9 +155,9 @@ def _sparsify(edits: list[Any]) -> list[str]:
     last = {e.module: e for e in edits}.values()
     patterns = {e.pattern for e in last if e.pattern}
     shares = sorted({e.sparsity for e in last})
-    share = f"{shares[0]:.1%}" if len(shares) == 1 else f"{shares[0]:.1%} to {shares[-1]:.1%}"
+    share = digits(shares[0]) if len(shares) == 1 else f"{digits(shares[0])} to {digits(shares[-1])}"
     which = f" ({and_list(sorted(patterns))}: so many of every group of neighbours stay)" if patterns else ""
-    return [f"Single weights: {share} of the weights of {count(len(last), 'module')} are zero{which}."]
+    return [f"Single weights: a fraction of {share} of those of {count(len(last), 'module')} is zero{which}."]
 
 
 def _quantize(edits: list[Any]) -> list[str]:

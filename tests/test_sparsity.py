@@ -412,6 +412,6 @@ def test_the_report_counts_what_is_not_zero_and_the_card_says_that_it_gains_no_t
     model.save_pretrained(tmp_path)
     assert report.model.bytes == _tensor_bytes(tmp_path)
     card = hc.render_card(plan, report)
-    assert "75.0% of the weights of 18 modules are zero" in card and "gain no time" in card
+    assert "a fraction of 0.75 of those of 18 modules is zero" in card and "gain no time" in card
     assert "parameters that are not zero" in card and "made sparse" in card
     assert "not zero" not in str(hc.measure(dense, batch, repeats=3))

@@ -33,6 +33,7 @@ from ..pruning.callback import PruningCallback
 from ..pruning.sparsity_callback import SparsityCallback
 from ..publish import card_in_
 from ..refusals import check_adapters
+from ..sparse import is_sparse
 from ..substitute import sharers, weights_in
 from ..surgery import apply_
 from .fake import fake_, is_fake, observe_, scales_of, unfake_
@@ -143,6 +144,12 @@ class QuantizationCallback(TrainerCallback):
         gated = next((name for name, module in model.named_modules() if is_gated(module)), None)
         if gated is not None:
             raise CompressionError(f"{gated!r} is masked; cut it first (apply_ with the plan of the mask), then quantize.")
+        sparse = next((name for name, module in model.named_modules() if is_sparse(module)), None)
+        if sparse is not None:
+            raise CompressionError(
+                f"{sparse!r} is sparse, and rounding while training would let its zeros grow. Quantize it after training: "
+                "apply_(model, plan_quantization(model, bits=8)) keeps them at zero."
+            )
         self._planned = list(plan_quantization(model, **self.options))
         self._model, self._trainer, self.plan = model, trainer, None
         self._modules, self._frozen = {}, False
