@@ -45,8 +45,8 @@ def plan_sparsity(
     - `"magnitude"`: the smallest \|w\| go (Han et al. 2015).
     - `"wanda"`: the smallest \|w_ij\| \|x_j\|_2 go, with the norm of input j over all calibration rows (Sun et al. 2023).
     - `"sparsegpt"`: optimal brain surgeon column by column; the weights that stay make up for those that go (Frantar &
-      Alistarh 2023; `pruning.sparsegpt`). Layers in order, later ones calibrated on the already sparse earlier ones: one pass
-      over the batches for every layer.
+      Alistarh 2023; `pruning.sparsegpt`). Layers in order, later ones calibrated on the already sparse earlier ones: for
+      every layer one pass over the batches, up to that layer.
     - `"random"`: the control for all of them.
 
     In a distributed run each process calibrates on its own batches, and the sums over all decide, on every rank alike.
@@ -218,7 +218,7 @@ def _sums(
         what = "looks rows up" if isinstance(module, nn.Embedding) else "works in groups" if _groups(module) > 1 else None
         if what is not None:
             raise CompressionError(f"{name!r} {what}, so its inputs do not score its weights; use score='magnitude'.")
-    sums = measure_grams(model, found, batches, squares)
+    sums = measure_grams(model, found, batches, squares, stop=not squares)  # a layer of many; the rest need not run
     for name, module in found.items():
         size = matrix_of(module, module.weight).shape[1]
         shape = (size,) if squares else (size, size)
