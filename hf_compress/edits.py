@@ -305,7 +305,7 @@ class Sparsify:
     """Make single weights of one module zero and keep them so: unstructured, or N of every M neighbours.
 
     The module computes as before, with zeros; dense kernels multiply them too, so no time is gained. What is saved is a bit
-    for each weight, and the weights that stay: `n / 8 + (1 - sparsity) * n * b` bytes for n weights of b bytes. (Below a
+    for each weight, and the weights that stay: `n / 8 + 4 + (1 - sparsity) * n * b` bytes for n weights of b bytes. (Below a
     sparsity of 1 / (8 b), 3% in float32, that is more than dense.)
 
     Args:

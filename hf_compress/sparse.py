@@ -1,7 +1,8 @@
 """Sparse modules: what a Linear, a Conv1D, a convolution or an Embedding becomes when single weights of it are zero.
 
 In memory, `weight` is an ordinary dense parameter with zeros: dense kernels multiply it, any Trainer trains it, any other
-edit reads it. Beside it, the buffer `weight_mask` says in bits which weights stay. Where gradients are made, the weight is
+edit reads it. Beside it, the buffer `weight_mask` says in bits which weights stay (and ends with the CRC-32 of those bits: a
+loader that found no mask would take whatever lies in memory for one). Where gradients are made, the weight is
 multiplied by them, so that what is masked has a gradient of exactly zero and stays zero through any optimizer, weight decay
 included; where none are, it is used as it is, and costs nothing.
 
@@ -12,6 +13,7 @@ becomes dense when all is read (`settle_`), or, where weights are fetched from d
 
 from __future__ import annotations
 
+import zlib
 from typing import Any
 
 import torch
@@ -23,6 +25,13 @@ from .checks import CompressionError, shown
 from .sparsity import matrix_of, pack_bits, read_pattern, unpack_bits
 
 MASK = "weight_mask"
+SEAL = 4  # bytes
+
+
+def sealed(bits: torch.Tensor) -> torch.Tensor:
+    """Bits with their CRC-32 behind them, lowest byte first."""
+    check = zlib.crc32(bits.cpu().numpy().tobytes()).to_bytes(SEAL, "little")
+    return torch.cat([bits, torch.tensor(list(check), dtype=torch.uint8, device=bits.device)])
 
 
 class _Sparse:
@@ -37,7 +46,7 @@ class _Sparse:
 
     def mask(self) -> torch.Tensor:
         """Which weights stay, in the weight's shape."""
-        return unpack_bits(self._buffers[MASK], self.hfc_shape)
+        return unpack_bits(self._buffers[MASK][:-SEAL], self.hfc_shape)
 
     def _held(self) -> torch.Tensor:
         """The weight to compute with."""
@@ -48,10 +57,10 @@ class _Sparse:
 
     def _expanded(self, values: torch.Tensor) -> torch.Tensor:
         mask = self.mask()
-        if int(mask.sum()) != len(values):
+        if int(mask.sum()) != len(values) or not torch.equal(sealed(self._buffers[MASK][:-SEAL]), self._buffers[MASK]):
             raise CompressionError(
-                f"A checkpoint's bits say that {int(mask.sum()):,} weights stay in {self!r}, and it holds {len(values):,}: it "
-                "was damaged. Download or save it again."
+                f"The checkpoint's weight_mask of a {type(self).__name__} {self.hfc_shape} that keeps {len(values):,} weights "
+                "is missing or damaged. Download or save it again."
             )
         return torch.zeros(self.hfc_shape, dtype=values.dtype, device=values.device).masked_scatter(mask, values)
 
@@ -99,7 +108,11 @@ class _Sparse:
         key, bits = prefix + "weight", prefix + MASK
         values, mine = state_dict.get(key), self._parameters["weight"]
         if values is not None and values.ndim == 1 and mine.ndim != 1 and bits in state_dict:
-            mask = unpack_bits(state_dict[bits], self.hfc_shape) if len(state_dict[bits]) == len(self._buffers[MASK]) else None
+            mask = (
+                unpack_bits(state_dict[bits][:-SEAL], self.hfc_shape)
+                if len(state_dict[bits]) == len(self._buffers[MASK])
+                else None
+            )
             if mask is not None and int(mask.sum()) == len(values) == self.hfc_kept:
                 full = torch.zeros(self.hfc_shape, dtype=values.dtype, device=values.device)
                 state_dict = {**state_dict, key: full.masked_scatter(mask.to(values.device), values)}
@@ -201,7 +214,7 @@ def sparse_(module: Any, kept: int, shape: str, pattern: str | None = None) -> N
         raise CompressionError(f"No weights of a {type(module).__name__} can be held at zero: {reason}.")
     read_pattern(pattern)
     new = nn.Parameter(torch.empty(kept, dtype=weight.dtype, device=weight.device), requires_grad=weight.requires_grad)
-    bits = torch.empty(-(-torch.Size(sizes).numel() // 8), dtype=torch.uint8, device=weight.device)
+    bits = torch.empty(-(-torch.Size(sizes).numel() // 8) + SEAL, dtype=torch.uint8, device=weight.device)
     _become(module, new, bits, sizes, kept, pattern)
 
 
@@ -225,7 +238,7 @@ def sparsify_(module: Any, mask: torch.Tensor, values: torch.Tensor | None = Non
     >>> layer = torch.nn.Linear(4, 1)
     >>> sparsify_(layer, torch.tensor([[True, False, False, True]]), torch.tensor([2.0, 3.0]))
     >>> layer.weight.tolist(), {name: tuple(t.shape) for name, t in layer.state_dict().items()}
-    ([[2.0, 0.0, 0.0, 3.0]], {'weight': (2,), 'bias': (1,), 'weight_mask': (1,)})
+    ([[2.0, 0.0, 0.0, 3.0]], {'weight': (2,), 'bias': (1,), 'weight_mask': (5,)})
 
     ```
     """
@@ -248,7 +261,7 @@ def sparsify_(module: Any, mask: torch.Tensor, values: torch.Tensor | None = Non
         if not bool(dense.isfinite().all()):
             raise CompressionError(f"The weights that stay do not fit into {dense.dtype}; make the plan again.")
         new = nn.Parameter(dense, requires_grad=weight.requires_grad)
-    _become(module, new, pack_bits(mask), tuple(weight.shape), kept, pattern)
+    _become(module, new, sealed(pack_bits(mask)), tuple(weight.shape), kept, pattern)
 
 
 def _become(module: Any, weight: nn.Parameter, bits: torch.Tensor, shape: Any, kept: int, pattern: str | None) -> None:

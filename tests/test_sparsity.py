@@ -67,7 +67,7 @@ def test_the_file_is_as_small_as_the_formula_says(how, left, dtype, tmp_path):
     model.save_pretrained(tmp_path / "sparse")
     size = dtype.itemsize
     numbers = sum(m.weight.numel() for m in sparse_in(model).values())
-    saved = numbers * size - (numbers // 8 + left * numbers * size)
+    saved = numbers * size - (numbers // 8 + 4 * len(sparse_in(model)) + left * numbers * size)
     sizes = {name: _tensor_bytes(tmp_path / name) for name in ("dense", "sparse")}
     assert sizes["dense"] - sizes["sparse"] == saved
     again = type(model).from_pretrained(tmp_path / "sparse", dtype=dtype)
@@ -425,11 +425,11 @@ def test_damaged_checkpoints_are_refused(tmp_path):
     tensors = load_file(tmp_path / "model.safetensors")
     bits = tensors.pop(f"{name}.weight_mask")
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(hc.CompressionError, match="lacks weights that were compressed.*weight_mask"):
+    with pytest.raises(hc.CompressionError, match="weight_mask"):
         type(model).from_pretrained(tmp_path)
-    bits[0] ^= 1
+    bits[0] ^= 3 if bits[0] & 3 in (1, 2) else 5 if bits[0] & 5 in (1, 4) else 9  # two places change, the number may not
     save_file({**tensors, f"{name}.weight_mask": bits}, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(hc.CompressionError, match="bits say that"):
+    with pytest.raises(hc.CompressionError, match="missing or damaged"):
         type(model).from_pretrained(tmp_path)
 
 

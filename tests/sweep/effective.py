@@ -23,7 +23,7 @@ def float_form(dense: Any, model: Any, plan: hc.Plan) -> Any:
             if type(other).__name__ in ("GatedLinear", "LockedLinear"):
                 continue
             if "weight_mask" in other._buffers:
-                bits = other._buffers["weight_mask"]
+                bits = other._buffers["weight_mask"][:-4]
                 mask = torch.stack([bits >> i & 1 for i in range(8)], -1).flatten()[: other.weight.numel()]
                 done.add(id(module.weight))
                 module.weight.mul_(mask.view_as(module.weight))  # the weights that stay are those that were there
