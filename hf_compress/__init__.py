@@ -31,6 +31,7 @@ from .edits import (
     KeepVocabulary,
     LowRank,
     Quantize,
+    Sparsify,
 )
 from .exits import detach_exits_, exit_layers, exit_options, set_exits_
 from .exits.callback import EarlyExitCallback
@@ -46,7 +47,9 @@ from .planners import plan_depthwise, plan_low_rank, plan_quantization
 from .pruning import plan_pruning
 from .pruning.callback import PruningCallback
 from .pruning.latency import LatencyTable
+from .pruning.sparsity_callback import SparsityCallback
 from .pruning.target import Pruned, prune_family, prune_to
+from .pruning.weights import plan_sparsity
 from .publish import PushError
 from .quantization.callback import QuantizationCallback
 from .quantization.to_float import dequantize_
@@ -86,6 +89,8 @@ __all__ = [
     "RecipeError",
     "Report",
     "Seq2SeqDistillationArguments",
+    "Sparsify",
+    "SparsityCallback",
     "Structure",
     "apply_",
     "apply_to_folder",
@@ -105,6 +110,7 @@ __all__ = [
     "plan_low_rank",
     "plan_pruning",
     "plan_quantization",
+    "plan_sparsity",
     "plan_vocabulary",
     "prune_family",
     "prune_to",
