@@ -46,7 +46,10 @@ from .planners import plan_depthwise, plan_low_rank, plan_quantization
 from .pruning import plan_pruning
 from .pruning.callback import PruningCallback
 from .pruning.latency import LatencyTable
+from .pruning.lottery import LotteryTicketCallback
+from .pruning.rounds import FoundTicket, find_ticket
 from .pruning.target import Pruned, prune_family, prune_to
+from .pruning.ticket import Ticket
 from .publish import PushError
 from .quantization.callback import QuantizationCallback
 from .quantization.to_float import dequantize_
@@ -68,6 +71,7 @@ __all__ = [
     "DistillationMixin",
     "DistillationTrainer",
     "EarlyExitCallback",
+    "FoundTicket",
     "KeepChannels",
     "KeepExperts",
     "KeepHeads",
@@ -75,6 +79,7 @@ __all__ = [
     "KeepNeurons",
     "KeepVocabulary",
     "LatencyTable",
+    "LotteryTicketCallback",
     "LowRank",
     "Mask",
     "Plan",
@@ -87,6 +92,7 @@ __all__ = [
     "Report",
     "Seq2SeqDistillationArguments",
     "Structure",
+    "Ticket",
     "apply_",
     "apply_to_folder",
     "channel_groups",
@@ -96,6 +102,7 @@ __all__ = [
     "discover",
     "exit_layers",
     "exit_options",
+    "find_ticket",
     "from_config",
     "init_student",
     "mask_",
