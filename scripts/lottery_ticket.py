@@ -1,7 +1,7 @@
 """Lottery tickets in a small ViT or CNN: the winning ticket, its mask with new weights, random masks, and the dense model.
 
     python scripts/lottery_ticket.py --model cnn                          # MNIST in ../shared/data/mnist-10k
-    python scripts/lottery_ticket.py --model vit --dataset path/to/images # a folder per class, or in train/ and test/; or a Hub id
+    python scripts/lottery_ticket.py --model vit --dataset images         # a folder per class, or train/ and test/; or a Hub id
     python scripts/lottery_ticket.py --model cnn --seeds 0 --sparsities 0.8 0.95 --rewind_to 100
 
 Iterative magnitude pruning (`hc.find_ticket`), one round a sparsity, with both controls in every round. What is finished is
@@ -56,7 +56,8 @@ def main() -> None:
     about = {
         "model": args.model, "data": args.dataset or args.mnist, "train_rows": len(train), "test_rows": len(test),
         "epochs": args.epochs, "batch_size": args.batch_size, "learning_rate": args.learning_rate, "threads": args.threads,
-        "rewind_to": args.rewind_to, "scope": args.scope, "versions": {"torch": torch.__version__, "transformers": T.__version__},
+        "rewind_to": args.rewind_to, "scope": args.scope,
+        "versions": {"torch": torch.__version__, "transformers": T.__version__},
     }  # fmt: skip
     runs = output / args.model
     check_same_run(runs / "about.json", about)

@@ -5,23 +5,26 @@ from __future__ import annotations
 import copy
 import json
 import os
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from transformers import Trainer, TrainerCallback, set_seed
+from transformers import Trainer, set_seed
 
 from ..edits import CompressionError, shown
 from ..files import replace_files
+from ..host import first_rows, refuse_sharded
 from ..plan import Plan
+from ..probe import NoInputs
+from ..refusals import check_adapters
 from ..sparsity import check_sparsity
 from .held import magnitude_masks, unwrapped
 from .lottery import CONTROLS, LotteryTicketCallback
 from .select import SCOPES, check_seed
+from .start import KeepStart
 from .structured import masks_of, remove_units
-from .ticket import START_FILE, Ticket, levels_of, prunable, read_state, set_state_, state_of, write_state
+from .ticket import Ticket, check_initialised, levels_of, prunable, read_state, set_state_, state_of, write_state
 
 ROWS_FILE, START, TRAINED = "lottery.json", "start", "trained"
 DENSE, TICKET = "dense", "ticket"
@@ -97,16 +100,19 @@ def find_ticket(
 ) -> FoundTicket:
     r"""Find a lottery ticket by iterative magnitude pruning with rewinding.
 
-    Frankle & Carbin 2019, *The lottery ticket hypothesis* (arXiv:1803.03635); rewinding to step k: Frankle et al. 2020 (arXiv:1912.05671):
+    Frankle & Carbin 2019, *The lottery ticket hypothesis* (arXiv:1803.03635); rewinding to step k: Frankle et al. 2020
+    (arXiv:1912.05671):
 
     1. Train the dense model from its start `w_0` to the end `w_T`, and keep `w_k` on the way (`k = rewind_to`).
-    2. Remove the weights of least \|w_T\| among those that are left: `1 - (1 - sparsity)^(r / rounds)` are gone after round `r`.
+    2. Remove the weights of least \|w_T\| among those that are left: `1 - (1 - sparsity)^(r / rounds)` are gone after
+       round `r`.
     3. Set what is left to `w_k` again, train from step `k` to `T` with the mask held, and go to 2.
 
-    Each round is one whole `train()` of a Trainer that `make_trainer` makes anew. So all that a Trainer means by a training holds in
-    every round: the optimizer's moments, the schedule with its warmup, the order of the data and dropout (by `args.seed`), early stopping and
-    the best model begin again, and `TrainingArguments` need no second meaning. With `k > 0` a round resumes from the
-    dense training's checkpoint at `k`, with moments anew: the learning rate and the data go on from where they stood there.
+    Each round is one whole `train()` of a Trainer that `make_trainer` makes anew, and not a share of one long `train()`. So what
+    a Trainer means by a training holds in every round: the moments of the optimizer, the schedule with its warmup, the
+    order of the data and dropout (by `args.seed`), early stopping and the best model begin again, and no word of
+    `TrainingArguments` needs a second meaning. With `k > 0` a round resumes from the dense training's checkpoint at `k`, with
+    moments anew: the learning rate and the data go on from where they stood there.
 
     What is finished is kept in `output` and not done again: an interrupted call goes on, also in the middle of a round if the
     Trainer saves checkpoints. `round` and `weights_removed` are logged where the Trainer logs, and the evaluation after
@@ -148,7 +154,8 @@ def find_ticket(
     >>> from hf_compress import find_ticket
     >>> rows = [{"input_ids": torch.tensor([5, 6, i]), "labels": i % 2} for i in range(8)]
     >>> arguments = TrainingArguments(
-    ...     tempfile.mkdtemp(), max_steps=2, use_cpu=True, report_to=[], save_strategy="no", logging_strategy="no", disable_tqdm=True,
+    ...     tempfile.mkdtemp(), max_steps=2, use_cpu=True, report_to=[], save_strategy="no", logging_strategy="no",
+    ...     disable_tqdm=True,
     ... )
     >>> def make_trainer():
     ...     config = BertConfig(
@@ -172,6 +179,8 @@ def find_ticket(
     first = search.trainer()
     search.output = Path(first.args.output_dir or "." if output is None else output)
     search.rows = _rows_before(search)
+    if not search.rows:
+        _rehearse(search, first, controls)
     last, ticket, trainer = options["rounds"], None, None
     for turn in range(last + 1):
         if turn:
@@ -188,6 +197,16 @@ def find_ticket(
         trainer = first or search.trainer()
         set_state_(trainer.model, read_state(search.output / TRAINED)[0])  # type: ignore[arg-type]
     return FoundTicket(ticket, search.rows, trainer)
+
+
+def _rehearse(search: Search, trainer: Trainer, controls: Sequence[str]) -> None:
+    """Refuse now what would fail after the dense training."""
+    model: Any = unwrapped(trainer.model)
+    refuse_sharded(trainer, model, "find_ticket")
+    check_adapters(model)
+    if "reinit" in controls:
+        check_initialised(model)
+    _next(search, trainer, 1, None)
 
 
 # --- one training ----------------------------------------------------------------------------------------------------
@@ -216,7 +235,7 @@ def _train(search: Search, turn: int, arm: str, ticket: Ticket | None, made: Tra
         "arm": arm,
         "asked": _asked(search.options, turn),
         "weights_removed": 0.0 if ticket is None else ticket.sparsity,
-        "steps": trainer.state.global_step - (ticket.step if start else 0),
+        "steps": trainer.state.global_step - (ticket.step if ticket is not None and start else 0),
         "metrics": {k: v for k, v in metrics.items() if isinstance(v, int | float) and not k.endswith(("_runtime", "_second"))},
     }
     search.rows.append(row)
@@ -238,7 +257,7 @@ def _keep(search: Search, trainer: Trainer, turn: int, ticket: Ticket | None) ->
         return
     trainer.accelerator.wait_for_everyone()  # the first process has written the start
     weights, step = read_state(search.output / START)
-    found = _next(search, trainer.model, turn + 1, ticket)
+    found = _next(search, trainer, turn + 1, ticket)
     following = Ticket(found[0], weights, found[1], step, turn + 1)
     if trainer.args.should_save:
         Ticket(following.masks, None, following.plan, step, turn + 1).save(search.folder(turn + 1))
@@ -246,14 +265,19 @@ def _keep(search: Search, trainer: Trainer, turn: int, ticket: Ticket | None) ->
             following.save(search.output)
 
 
-def _next(search: Search, model: Any, turn: int, before: Ticket | None) -> tuple[dict[str, Any], Plan]:
+def _next(search: Search, trainer: Trainer, turn: int, before: Ticket | None) -> tuple[dict[str, Any], Plan]:
     """What stays in a round, by the weights that the round before has trained."""
-    options, model = search.options, unwrapped(model)
+    options, model = search.options, unwrapped(trainer.model)
     asked = _asked(options, turn)
     if options["sparsity"] is None:
-        plan = remove_units(
-            model, asked["heads"], asked["neurons"], before.plan if before else Plan(), options["scope"], search.inputs
-        )
+        gone = before.plan if before else Plan()
+        try:
+            plan = remove_units(model, asked["heads"], asked["neurons"], gone, options["scope"], search.inputs)
+        except NoInputs:
+            search.inputs = first_rows(trainer) if search.inputs is None else None
+            if search.inputs is None:
+                raise
+            plan = remove_units(model, asked["heads"], asked["neurons"], gone, options["scope"], search.inputs)
         if not plan.edits:
             raise CompressionError(f"Round {turn} is to remove {asked}, which is no whole unit of this model; ask for more.")
         return masks_of(model, plan), plan
@@ -275,65 +299,6 @@ def _asked(options: Mapping[str, Any], turn: int) -> Any:
     return {what: 0.0 if turn == 0 else levels_of(options[what], options["rounds"])[turn - 1] for what in ("heads", "neurons")}
 
 
-class KeepStart(TrainerCallback):
-    """In the dense training: keep the weights of the step to rewind to, and a checkpoint to begin at it again.
-
-    Step 0 needs the weights alone. Step k needs where the learning rate and the order of the data stand, which is what a
-    checkpoint of the Trainer holds; so one is saved at k, and copied before it is rotated away.
-    """
-
-    def __init__(self, rewind_to: int | float, folder: Path) -> None:
-        self.rewind_to, self.folder, self.step = rewind_to, folder, 0
-
-    def on_train_begin(self, args, state, control, model=None, **kwargs):
-        share = isinstance(self.rewind_to, float)
-        self.step = round(self.rewind_to * state.max_steps) if share else int(self.rewind_to)
-        if self.step >= state.max_steps:
-            raise CompressionError(f"rewind_to={self.rewind_to!r} lies behind the {state.max_steps} steps of this training.")
-        if self.step and (args.save_only_model or str(args.save_strategy).endswith("best")):
-            raise CompressionError(
-                "Rewinding to a step above 0 needs a whole checkpoint there: save_only_model=False, and a save_strategy "
-                "other than 'best'."
-            )
-        if state.global_step == 0:
-            if self.step == 0:
-                self._keep(args, model)
-        elif state.global_step >= self.step:
-            if self.step and not self._checkpoint.exists():
-                self._copy(args)
-            if not (self.folder / START_FILE).exists():
-                raise CompressionError(
-                    f"The dense training goes on after step {self.step}, whose weights are gone from {self.folder}. Remove "
-                    f"{self.folder.parent} and begin again."
-                )
-
-    def on_step_end(self, args, state, control, model=None, **kwargs):
-        if self.step and state.global_step == self.step:
-            self._keep(args, model)
-            control.should_save = True
-
-    def on_save(self, args, state, control, **kwargs):
-        if self.step and state.global_step == self.step:
-            self._copy(args)
-
-    @property
-    def _checkpoint(self) -> Path:
-        return self.folder / "checkpoint"
-
-    def _keep(self, args: Any, model: Any) -> None:
-        if args.should_save:
-            write_state(self.folder, state_of(model), self.step)
-
-    def _copy(self, args: Any) -> None:
-        made = Path(args.output_dir) / f"checkpoint-{self.step}"
-        if args.should_save and made.exists():
-            part = self.folder / "part"
-            for old in (part, self._checkpoint):
-                shutil.rmtree(old, ignore_errors=True)
-            shutil.copytree(made, part)
-            part.rename(self._checkpoint)
-
-
 # --- options and what was done before ----------------------------------------------------------------------------------
 
 
@@ -349,8 +314,8 @@ def _rows_before(search: Search) -> list[dict[str, Any]]:
     differ = sorted(name for name, value in search.options.items() if options.get(name) != value)
     if differ:
         raise CompressionError(
-            f"{search.output} holds rounds with {differ[0]}={options.get(differ[0])!r}, and {search.options[differ[0]]!r} is asked "
-            "for now. Name another output folder, or remove that one."
+            f"{search.output} holds rounds with {differ[0]}={options.get(differ[0])!r}, and {search.options[differ[0]]!r} is "
+            "asked for now. Name another output folder, or remove that one."
         )
     return rows
 
@@ -373,10 +338,10 @@ def _checked(
     if (sparsity is None) == (not heads and not neurons):
         raise CompressionError("Give sparsity= (single weights), or heads= and neurons= (whole units), one of the two.")
     if sparsity is not None:
-        levels = list(sparsity) if isinstance(sparsity, Sequence) and not isinstance(sparsity, str) else [sparsity]
+        levels: list[Any] = list(sparsity) if isinstance(sparsity, Sequence) and not isinstance(sparsity, str) else [sparsity]
         for level in levels:
             check_sparsity(level, None)
-        if not levels or levels[0] <= 0 or any(a >= b for a, b in zip(levels, levels[1:], strict=False)):
+        if not levels or not levels[0] > 0 or any(a >= b for a, b in zip(levels, levels[1:], strict=False)):
             raise CompressionError(f"sparsity is a fraction above 0, or several that grow, got {shown(sparsity)}.")
         sparsity = levels if isinstance(sparsity, Sequence) else levels_of(sparsity, rounds)
         rounds = len(sparsity)

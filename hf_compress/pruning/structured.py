@@ -18,8 +18,6 @@ from ..surgery import prove_plan
 from .scores import magnitude
 from .select import count_units, nothing_to_choose, plan_of, select, trial_plan, units_of, weight_squares
 
-__all__ = ["blocks_of", "count_units", "masks_of", "plan_of", "remove_units"]
-
 
 def blocks_of(model: nn.Module, heads: float, neurons: float) -> list[Block]:
     """The blocks that are pruned, with an output projection of their own.
@@ -72,21 +70,22 @@ def remove_units(
 
 
 def masks_of(model: nn.Module, plan: Plan) -> Masks:
-    """The plan as masks: the columns of output projections that belong to what stays."""
+    """The plan as masks on the output projections of all blocks of its kinds: the columns of what stays."""
     structure = discover(model)
-    blocks = {block.name: block for block in (*structure.attentions, *structure.ffns)}
+    kept = {vars(e)["attention" if isinstance(e, KeepHeads) else "ffn"]: e for e in plan}
+    kinds = {isinstance(e, KeepHeads) for e in plan}
     masks = {}
-    for edit in plan:
-        is_heads = isinstance(edit, KeepHeads)
-        block = blocks[edit.attention if is_heads else edit.ffn]  # type: ignore[union-attr]
-        stays = torch.zeros(block.num_heads if is_heads else block.size, dtype=torch.bool)  # type: ignore[union-attr]
-        stays[list(edit.heads if is_heads else edit.neurons)] = True  # type: ignore[union-attr]
-        if is_heads:
-            units = units_of(block)
-            per_unit = block.num_heads // count_units(block)  # type: ignore[union-attr]
-            columns = stays[units * per_unit]
-        else:
-            columns = stays
+    for block in (*structure.attentions, *structure.own_ffns):
+        is_heads = isinstance(block, Attention)
+        if is_heads not in kinds or block.consumer is not None:
+            continue
+        stays = torch.ones(block.num_heads if isinstance(block, Attention) else block.size, dtype=torch.bool)
+        if block.name in kept:
+            stays[:] = False
+            stays[list(vars(kept[block.name])["heads" if is_heads else "neurons"])] = True
+        columns = stays
+        if isinstance(block, Attention):
+            columns = stays[units_of(block) * (block.num_heads // count_units(block))]
         out = model.get_submodule(block.out)
         name, dim = factor(out, 1)
         weight = out.get_parameter(name)

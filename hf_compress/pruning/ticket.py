@@ -26,6 +26,8 @@ from ..plan import Plan
 from ..planners import _heads, _pattern
 from ..sparsity import pack_bits, unpack_bits
 from .held import unwrapped
+from .select import count_units, plan_of
+from .structured import masks_of
 
 TICKET_FILE, START_FILE = "ticket.safetensors", "ticket_start.safetensors"
 FORMAT = "hf_compress.ticket.1"
@@ -164,8 +166,8 @@ def check_state(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
         name = differ[0]
         mine, theirs = (str(tuple(t[name].shape)) if name in t else "absent" for t in (own, weights))
         raise CompressionError(
-            f"The ticket is of another model than this {type(unwrapped(model)).__name__}: {name!r} is {theirs} there and {mine} "
-            "here. A mask alone (Ticket(masks)) fits wherever names and shapes of what it masks do."
+            f"The ticket is of another model than this {type(unwrapped(model)).__name__}: {name!r} is {theirs} there and "
+            f"{mine} here. A mask alone (Ticket(masks)) fits wherever names and shapes of what it masks do."
         )
 
 
@@ -208,15 +210,21 @@ def fresh_weights(model: nn.Module, seed: int) -> dict[str, torch.Tensor]:
     Raises:
         CompressionError: the model is no transformers model, so how it is initialised is not known.
     """
+    inner = check_initialised(model)
+    with torch.random.fork_rng():
+        torch.manual_seed(_derived("reinit", seed))
+        return state_of(from_config(inner.config, type(inner)))
+
+
+def check_initialised(model: nn.Module) -> PreTrainedModel:
+    """Refuse a model of which nobody knows how it is initialised."""
     inner = unwrapped(model)
     if not isinstance(inner, PreTrainedModel):
         raise CompressionError(
             f"How a {type(inner).__name__} is initialised is not known. Draw its weights yourself and train the mask alone "
             "from them: LotteryTicketCallback(Ticket(ticket.masks))."
         )
-    with torch.random.fork_rng():
-        torch.manual_seed(_derived("reinit", seed))
-        return state_of(from_config(inner.config, type(inner)))
+    return inner
 
 
 def random_ticket(ticket: Ticket, model: nn.Module, seed: int) -> Ticket:
@@ -233,8 +241,6 @@ def random_ticket(ticket: Ticket, model: nn.Module, seed: int) -> Ticket:
             masks[name][draw(mask.numel(), int(mask.sum()))] = True
             masks[name] = masks[name].view(mask.shape)
         return Ticket(masks, ticket.weights, step=ticket.step, round=ticket.round)
-    from .structured import count_units, masks_of, plan_of
-
     structure = discover(model)
     blocks = {block.name: block for block in (*structure.attentions, *structure.ffns)}
     heads, neurons = {}, {}
