@@ -108,8 +108,8 @@ def find_ticket(
        round `r`.
     3. Set what is left to `w_k` again, train from step `k` to `T` with the mask held, and go to 2.
 
-    Each round is one whole `train()` of a Trainer that `make_trainer` makes anew, and not a share of one long `train()`. So what
-    a Trainer means by a training holds in every round: the moments of the optimizer, the schedule with its warmup, the
+    Each round is one whole `train()` of a Trainer that `make_trainer` makes anew, and not a share of one long `train()`. So
+    what a Trainer means by a training holds in every round: the moments of the optimizer, the schedule with its warmup, the
     order of the data and dropout (by `args.seed`), early stopping and the best model begin again, and no word of
     `TrainingArguments` needs a second meaning. With `k > 0` a round resumes from the dense training's checkpoint at `k`, with
     moments anew: the learning rate and the data go on from where they stood there.
