@@ -9,6 +9,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from ..edits import CompressionError
+from ..host import calling_trainer, restore_best, restore_what_stock_lost
 from .ticket import START_FILE, state_of, write_state
 
 
@@ -23,11 +24,14 @@ class KeepStart(TrainerCallback):
         self.rewind_to, self.folder, self.step = rewind_to, folder, 0
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
+        trainer = calling_trainer()
+        if trainer is not None:
+            restore_what_stock_lost(trainer, model)
         share = isinstance(self.rewind_to, float)
         self.step = round(self.rewind_to * state.max_steps) if share else int(self.rewind_to)
         if self.step >= state.max_steps:
             raise CompressionError(f"rewind_to={self.rewind_to!r} lies behind the {state.max_steps} steps of this training.")
-        if self.step and (args.save_only_model or str(args.save_strategy).endswith("best")):
+        if self.step and (args.save_only_model or args.save_strategy == "best"):
             raise CompressionError(
                 "Rewinding to a step above 0 needs a whole checkpoint there: save_only_model=False, and a save_strategy "
                 "other than 'best'."
@@ -48,6 +52,9 @@ class KeepStart(TrainerCallback):
         if self.step and state.global_step == self.step:
             self._keep(args, model)
             control.should_save = True
+
+    def on_train_end(self, args, state, control, model=None, **kwargs):
+        restore_best(args, state, model)
 
     def on_save(self, args, state, control, **kwargs):
         if self.step and state.global_step == self.step:
