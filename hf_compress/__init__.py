@@ -31,6 +31,7 @@ from .edits import (
     KeepVocabulary,
     LowRank,
     Quantize,
+    Sparsify,
 )
 from .exits import detach_exits_, exit_layers, exit_options, set_exits_
 from .exits.callback import EarlyExitCallback
@@ -48,8 +49,10 @@ from .pruning.callback import PruningCallback
 from .pruning.latency import LatencyTable
 from .pruning.lottery import LotteryTicketCallback
 from .pruning.rounds import FoundTicket, find_ticket
+from .pruning.sparsity_callback import SparsityCallback
 from .pruning.target import Pruned, prune_family, prune_to
 from .pruning.ticket import Ticket
+from .pruning.weights import plan_sparsity
 from .publish import PushError
 from .quantization.callback import QuantizationCallback
 from .quantization.to_float import dequantize_
@@ -91,6 +94,8 @@ __all__ = [
     "RecipeError",
     "Report",
     "Seq2SeqDistillationArguments",
+    "Sparsify",
+    "SparsityCallback",
     "Structure",
     "Ticket",
     "apply_",
@@ -112,6 +117,7 @@ __all__ = [
     "plan_low_rank",
     "plan_pruning",
     "plan_quantization",
+    "plan_sparsity",
     "plan_vocabulary",
     "prune_family",
     "prune_to",

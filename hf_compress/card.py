@@ -193,11 +193,13 @@ def _rows(report: Report, facts: Mapping[str, Any]) -> list[list[str]]:
     for key, name, unit in (
         ("parameters", "parameters", ""),
         ("parameters_encoder", "parameters without embeddings", ""),
+        ("nonzero", "parameters that are not zero", ""),
         ("bytes", "size on disk", "B"),
         ("macs", "multiply-accumulates", ""),
     ):
-        before = size(getattr(against, key), unit) if against else ""
-        add(name, before, size(getattr(model, key), unit), f"{digits(ratios[key])}x" if key in ratios else "")
+        before, after = ("" if v is None else size(v, unit) for v in (getattr(against, key, None), getattr(model, key)))
+        if before or after:
+            add(name, before, after, f"{digits(ratios[key])}x" if key in ratios else "")
     for t in timings_of(report):
         speed = "" if t.speedup is None else f"{t.speedup:.2f}x as fast"
         add(f"latency, {where(t)}", milliseconds(t.against) if t.against else "", milliseconds(t.model), speed)

@@ -20,7 +20,7 @@ from .edits import CompressionError, KeepChannels
 from .kinds import SEPARABLE
 from .modules import can_gate, is_gated, plain_kind
 from .probe import probing, tensors_in
-from .refusals import check_weights
+from .refusals import check_dense, check_weights
 from .substitute import find
 
 SEPARABLES = tuple(SEPARABLE.values())
@@ -260,6 +260,7 @@ class Removal:
             if not kept.any():
                 raise CompressionError(f"Nothing would be left of {block.name!r}; keep at least one channel of it.")
             check_weights(block.module, module)
+            check_dense(block.module, module)
             if block.key in module._non_persistent_buffers_set:
                 raise CompressionError(
                     f"{block.name!r} has one value a channel and is not saved, so a loader could not cut it. Leave its "

@@ -17,11 +17,13 @@ from .edits import CompressionError, KeepHeads, KeepNeurons
 from .plan import Plan
 from .quantization import is_quantized
 from .resolve import Resolved
+from .sparse import is_sparse
 
 
 def is_plain(module: nn.Module) -> bool:
     """Whether a module multiplies by one float matrix of its own, which can become another."""
-    return isinstance(module, nn.Linear | Conv1D) and "weight_in" not in module._parameters and not is_quantized(module)
+    own = "weight_in" not in module._parameters and not is_quantized(module) and not is_sparse(module)
+    return isinstance(module, nn.Linear | Conv1D) and own
 
 
 def names_given(edit: KeepHeads | KeepNeurons) -> tuple[str, str]:

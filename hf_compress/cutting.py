@@ -13,8 +13,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from .candidates import join, parent_of
+from .checks import CompressionError, spans_of
 from .discover import Attention, FeedForward, Part, owners
-from .edits import CompressionError, spans_of
 from .heads import ConfigView, HeadCount, narrow_, select_heads_
 from .later import Later, sliced
 from .modules import (

@@ -2,66 +2,12 @@
 
 from __future__ import annotations
 
-import operator
-import reprlib
-from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
-MOST_UNITS = 1_000_000  # no layer is that wide; a hostile plan is
+from .checks import CompressionError, check_choice, check_count, check_indices, check_name, shown
+from .sparsity import check_sparsity, read_pattern
+
 BITS = (8, 4, 3, 2)
-
-
-class CompressionError(ValueError):
-    """A refusal: what was got, what is allowed, what to do. Raised before anything has changed."""
-
-
-_SHORT = reprlib.Repr()
-_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 3, 80, 80
-
-
-def shown(value: Any) -> str:
-    """What was got, for a message: short, however long or deeply nested it is.
-
-    Example:
-
-    ```python
-    >>> from hf_compress.edits import shown
-    >>> shown([[[[[]]]], "x"]), len(shown("x" * 1000))
-    ("[[[[...]]], 'x']", 80)
-
-    ```
-    """
-    return _SHORT.repr(value)
-
-
-def _name(value: Any, where: str) -> str:
-    if not isinstance(value, str) or not value:
-        raise CompressionError(f"{where} must be a module name as `discover` prints it, got {shown(value)}.")
-    return value
-
-
-def _indices(values: Any, where: str) -> tuple[int, ...]:
-    """Sorted unique indices >= 0. Order has no meaning in what is kept, so two plans that keep the same compare equal."""
-    if isinstance(values, str | bytes) or not isinstance(values, Iterable) or getattr(values, "ndim", 1) != 1:
-        raise CompressionError(f"{where} must be a sequence of indices of what stays, got {shown(values)}.")
-    indices = []
-    for value in values:
-        try:
-            if isinstance(value, bool) or str(getattr(value, "dtype", "")).endswith("bool"):
-                raise TypeError
-            indices.append(operator.index(value))
-        except TypeError:
-            raise CompressionError(f"{where} must hold whole numbers, got {shown(value)}.") from None
-    if not indices:
-        raise CompressionError(f"{where} is empty: name at least one. (To remove a whole layer, use KeepLayers.)")
-    if len(set(indices)) != len(indices):
-        twice = sorted(index for index, count in Counter(indices).items() if count > 1)[:8]
-        raise CompressionError(f"{where} names {twice} more than once; name each index that stays once.")
-    if min(indices) < 0:
-        raise CompressionError(f"{where} holds {min(indices)}; indices count from 0.")
-    return tuple(sorted(indices))
 
 
 @dataclass(frozen=True)
@@ -94,9 +40,9 @@ class KeepHeads:
     given: bool = False
 
     def __post_init__(self) -> None:
-        _name(self.attention, "KeepHeads.attention")
-        _choice(self.given, (False, True), f"KeepHeads({self.attention!r}).given")
-        object.__setattr__(self, "heads", _indices(self.heads, f"KeepHeads({self.attention!r}).heads"))
+        check_name(self.attention, "KeepHeads.attention")
+        check_choice(self.given, (False, True), f"KeepHeads({self.attention!r}).given")
+        object.__setattr__(self, "heads", check_indices(self.heads, f"KeepHeads({self.attention!r}).heads"))
 
 
 @dataclass(frozen=True)
@@ -126,9 +72,9 @@ class KeepNeurons:
     given: bool = False
 
     def __post_init__(self) -> None:
-        _name(self.ffn, "KeepNeurons.ffn")
-        _choice(self.given, (False, True), f"KeepNeurons({self.ffn!r}).given")
-        object.__setattr__(self, "neurons", _indices(self.neurons, f"KeepNeurons({self.ffn!r}).neurons"))
+        check_name(self.ffn, "KeepNeurons.ffn")
+        check_choice(self.given, (False, True), f"KeepNeurons({self.ffn!r}).given")
+        object.__setattr__(self, "neurons", check_indices(self.neurons, f"KeepNeurons({self.ffn!r}).neurons"))
 
 
 @dataclass(frozen=True)
@@ -157,8 +103,8 @@ class KeepExperts:
     experts: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        _name(self.moe, "KeepExperts.moe")
-        object.__setattr__(self, "experts", _indices(self.experts, f"KeepExperts({self.moe!r}).experts"))
+        check_name(self.moe, "KeepExperts.moe")
+        object.__setattr__(self, "experts", check_indices(self.experts, f"KeepExperts({self.moe!r}).experts"))
 
 
 @dataclass(frozen=True)
@@ -191,8 +137,8 @@ class KeepChannels:
     channels: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        _name(self.conv, "KeepChannels.conv")
-        object.__setattr__(self, "channels", _indices(self.channels, f"KeepChannels({self.conv!r}).channels"))
+        check_name(self.conv, "KeepChannels.conv")
+        object.__setattr__(self, "channels", check_indices(self.channels, f"KeepChannels({self.conv!r}).channels"))
 
 
 @dataclass(frozen=True)
@@ -222,20 +168,8 @@ class KeepLayers:
 
     def __post_init__(self) -> None:
         if self.stack is not None:
-            _name(self.stack, "KeepLayers.stack")
-        object.__setattr__(self, "layers", _indices(self.layers, "KeepLayers.layers"))
-
-
-def _count(value: Any, where: str, least: int = 1) -> int:
-    if type(value) is not int or not least <= value <= MOST_UNITS:
-        raise CompressionError(f"{where} must be a whole number >= {least} and at most {MOST_UNITS:,}, got {shown(value)}.")
-    return value
-
-
-def _choice(value: Any, allowed: tuple, where: str) -> Any:
-    if not isinstance(value, type(allowed[0])) or value not in allowed:
-        raise CompressionError(f"{where} must be one of {', '.join(map(repr, allowed))}, got {shown(value)}.")
-    return value
+            check_name(self.stack, "KeepLayers.stack")
+        object.__setattr__(self, "layers", check_indices(self.layers, "KeepLayers.layers"))
 
 
 @dataclass(frozen=True)
@@ -269,9 +203,9 @@ class LowRank:
     given: bool = False
 
     def __post_init__(self) -> None:
-        _name(self.module, "LowRank.module")
-        _count(self.rank, f"LowRank({self.module!r}).rank")
-        _choice(self.given, (False, True), f"LowRank({self.module!r}).given")
+        check_name(self.module, "LowRank.module")
+        check_count(self.rank, f"LowRank({self.module!r}).rank")
+        check_choice(self.given, (False, True), f"LowRank({self.module!r}).given")
 
 
 @dataclass(frozen=True)
@@ -303,8 +237,8 @@ class DepthwiseSeparable:
     multiplier: int = 1
 
     def __post_init__(self) -> None:
-        _name(self.module, "DepthwiseSeparable.module")
-        _count(self.multiplier, f"DepthwiseSeparable({self.module!r}).multiplier")
+        check_name(self.module, "DepthwiseSeparable.module")
+        check_count(self.multiplier, f"DepthwiseSeparable({self.module!r}).multiplier")
 
 
 @dataclass(frozen=True)
@@ -350,7 +284,7 @@ class Quantize:
 
     def __post_init__(self) -> None:
         where = f"Quantize({self.module!r})"
-        _name(self.module, "Quantize.module")
+        check_name(self.module, "Quantize.module")
         if type(self.bits) is not int or self.bits not in BITS:
             raise CompressionError(f"{where}.bits must be one of {', '.join(map(str, BITS))}, got {shown(self.bits)}.")
         if self.bits == 8 and self.group_size is not None:
@@ -358,12 +292,65 @@ class Quantize:
         if self.bits < 8:
             if self.group_size is None:
                 object.__setattr__(self, "group_size", 64)
-            _count(self.group_size, f"{where}.group_size", 2)
+            check_count(self.group_size, f"{where}.group_size", 2)
         if self.activations is None:
             object.__setattr__(self, "activations", "token" if self.bits == 8 else "none")
-        _choice(self.activations, ("token", "tensor", "none") if self.bits == 8 else ("none",), f"{where}.activations")
-        _choice(self.decode, ("load", "call"), f"{where}.decode")
-        _choice(self.given, (False, True), f"{where}.given")
+        check_choice(self.activations, ("token", "tensor", "none") if self.bits == 8 else ("none",), f"{where}.activations")
+        check_choice(self.decode, ("load", "call"), f"{where}.decode")
+        check_choice(self.given, (False, True), f"{where}.given")
+
+
+@dataclass(frozen=True)
+class Sparsify:
+    """Make single weights of one module zero and keep them so: unstructured, or N of every M neighbours.
+
+    The module computes as before, with zeros; dense kernels multiply them too, so no time is gained. What is saved is a bit
+    for each weight, and the weights that stay: `n / 8 + (1 - sparsity) * n * b` bytes for n weights of b bytes. (Below a
+    sparsity of 1 / (8 b), 3% in float32, that is more than dense.)
+
+    Args:
+        module (`str`): the name of a Linear, Conv1D, convolution or Embedding.
+        sparsity (`float`, *optional*): the fraction that is zero, in (0, 1); 0.5 if left out, what the pattern says with one.
+        pattern (`str`, *optional*): `"2:4"`, `"4:8"`, ...: of every 4 (8) neighbours along what an output sums over, at most 2
+            (4) stay. Of a convolution, neighbours are input channels.
+        given (`bool`, defaults to `False`): which weights stay is in the plan's tensors, as bits in `"{module}.weight_mask"`
+            (`sparsity.pack_bits`), and what they become, where that changes, in `"{module}.weight"`. If not given, those of
+            each output that are largest stay.
+
+    Raises:
+        CompressionError: a fraction or a pattern that means nothing, or two that contradict each other.
+
+    Example:
+
+    ```python
+    >>> from hf_compress import Sparsify
+    >>> Sparsify("encoder.layer.0.output.dense", pattern="2:4")
+    Sparsify(module='encoder.layer.0.output.dense', sparsity=0.5, pattern='2:4', given=False)
+
+    ```
+    """
+
+    module: str
+    sparsity: float | None = None
+    pattern: str | None = None
+    given: bool = False
+
+    def __post_init__(self) -> None:
+        where = f"Sparsify({self.module!r})"
+        check_name(self.module, "Sparsify.module")
+        group = read_pattern(self.pattern, f"{where}.pattern")
+        of_pattern = 0.5 if group is None else 1 - group[0] / group[1]
+        if self.sparsity is None:
+            object.__setattr__(self, "sparsity", of_pattern)
+        check_sparsity(self.sparsity, self.pattern)
+        if not self.sparsity:
+            raise CompressionError(f"{where}.sparsity is 0, which changes nothing; leave the module out.")
+        if group is not None and self.sparsity != of_pattern:
+            raise CompressionError(
+                f"{where}: {self.pattern} leaves a sparsity of {of_pattern:g}, got sparsity={self.sparsity!r}; leave it out."
+            )
+        object.__setattr__(self, "sparsity", float(self.sparsity))  # type: ignore[arg-type]
+        check_choice(self.given, (False, True), f"{where}.given")
 
 
 @dataclass(frozen=True)
@@ -444,8 +431,8 @@ class KeepVocabulary:
 
     def __post_init__(self) -> None:
         if self.embedding is not None:
-            _name(self.embedding, "KeepVocabulary.embedding")
-        object.__setattr__(self, "tokens", _indices(self.tokens, "KeepVocabulary.tokens"))
+            check_name(self.embedding, "KeepVocabulary.embedding")
+        object.__setattr__(self, "tokens", check_indices(self.tokens, "KeepVocabulary.tokens"))
 
 
 Edit = (
@@ -457,6 +444,7 @@ Edit = (
     | LowRank
     | DepthwiseSeparable
     | Quantize
+    | Sparsify
     | AddExits
     | KeepVocabulary
 )
@@ -471,37 +459,8 @@ EDITS: dict[str, type] = {
         LowRank,
         DepthwiseSeparable,
         Quantize,
+        Sparsify,
         AddExits,
         KeepVocabulary,
     )
 }
-
-
-def spans_of(indices: tuple[int, ...]) -> str:
-    """`(0, 1, 2, 5)` -> `"0-2 5"`."""
-    parts, start = [], 0
-    for i in range(1, len(indices) + 1):
-        if i == len(indices) or indices[i] != indices[i - 1] + 1:
-            first, last = indices[start], indices[i - 1]
-            parts.append(str(first) if first == last else f"{first}-{last}")
-            start = i
-    return " ".join(parts)
-
-
-def from_spans(text: str) -> list[int]:
-    """The inverse of `spans_of`."""
-    indices: list[int] = []
-    for part in text.split():
-        first, dash, last = part.partition("-")
-        if (
-            dash
-            and not last
-            or not first.isdecimal()
-            or not (last or first).isdecimal()
-            or int(last or first) - int(first) > MOST_UNITS
-        ):
-            raise CompressionError(f"{part!r} is no span of indices such as '3' or '0-7'.")
-        indices.extend(range(int(first), int(last or first) + 1))
-        if len(indices) > MOST_UNITS:
-            raise CompressionError(f"More than {MOST_UNITS:,} indices in one edit; no layer is that wide.")
-    return indices

@@ -20,7 +20,7 @@ from .masking import Mask
 from .mixtures import Mixture, is_closed, settle_counts_
 from .plan import Plan
 from .probe import difference, owners_in, probing, tensors_in, tolerance
-from .refusals import check_weights
+from .refusals import check_dense, check_weights
 from .resolve import resolve
 
 
@@ -115,6 +115,7 @@ def _check(model: nn.Module, mixture: Mixture) -> None:
     inside = {name: module for name, module in top.named_modules()}
     for name, module in inside.items():
         check_weights(f"{mixture.name}.{name}".strip("."), module)
+        check_dense(f"{mixture.name}.{name}".strip("."), module)
         packed = [key for key, p in module._parameters.items() if p is not None and not p.is_floating_point()]
         if packed:
             raise CompressionError(

@@ -9,6 +9,7 @@ import torch
 import transformers
 from torch import nn
 from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from .caches import host_caches_
 from .conversions import name_
@@ -19,6 +20,8 @@ from .loader import HfCompressConfig, host_quantized_, of_a_part, of_the_whole, 
 from .modules import LowRankLinear
 from .parts import stamp_parts_
 from .quantization import is_quantized, options_of, quantize_
+from .sparse import is_sparse, sparsify_
+from .sparsity import choose_masks, from_matrix, matrix_of
 
 
 def from_config(config: PreTrainedConfig, auto_class: Any = None, **kwargs: Any) -> PreTrainedModel:
@@ -115,8 +118,23 @@ def draw_(module: Any, dense: torch.Tensor) -> None:
                 module._parameters[key].copy_(tensor)
     elif isinstance(module, LowRankLinear):
         _product(module.weight, module.weight_in, module.rank, spread)
+    elif is_sparse(module):
+        _draw_sparse(module, dense)
     elif type(module) in SEPARABLE.values():
         _product(module.weight, module.weight_depth, module.multiplier, spread)
+
+
+def _draw_sparse(module: Any, dense: torch.Tensor) -> None:
+    """As many weights as stay, of those that stock would have drawn, at random places: which stay is in a checkpoint alone."""
+    shape, kept, pattern = module.hfc_shape, module.hfc_kept, module.hfc_pattern
+    dense = dense.T if isinstance(module, Conv1D) else dense
+    weight = dense[tuple(slice(n) for n in shape)].clone()
+    scores = matrix_of(module, torch.rand(shape, device=weight.device))
+    sparsity = 1 - kept / weight.numel()
+    mask = choose_masks({"weight": scores}, sparsity, "layer", pattern)["weight"]
+    requires_grad = module.weight.requires_grad
+    module._parameters["weight"] = nn.Parameter(weight, requires_grad=requires_grad)
+    sparsify_(module, from_matrix(module, mask, torch.Size(shape)).contiguous(), pattern=pattern)
 
 
 def _product(one: torch.Tensor, other: torch.Tensor, terms: int, spread: float) -> None:

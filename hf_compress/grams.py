@@ -1,13 +1,15 @@
-"""Gram matrices X^T X of what enters Linear layers, over calibration batches: what whitens a low-rank fit."""
+"""What enters Linear layers and convolutions over calibration batches: Gram matrices X^T X, or the sums of squares alone."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional as F
+from torch.nn.modules.conv import _ConvNd
 from tqdm.auto import tqdm
 
 from .edits import CompressionError, LowRank
@@ -54,36 +56,81 @@ def checked_batches(batches: Iterable[Mapping[str, Any]]) -> list[Mapping[str, A
 
 
 def measure_grams(
-    model: nn.Module, modules: Mapping[str, nn.Module], batches: list[Mapping[str, Any]]
+    model: nn.Module,
+    modules: Mapping[str, nn.Module],
+    batches: list[Mapping[str, Any]],
+    squares: bool = False,
+    stop: bool = False,
 ) -> dict[str, torch.Tensor]:
+    """By module, X^T X of what it reads (a convolution: of its patches, in the order of `sparsity.matrix_of`).
+
+    Rows that an `attention_mask` hides are left out. With `squares`, the diagonal alone, which takes no memory to speak of.
+    Modules that no batch reaches are left out. `stop`: where each ran once in the first batch, run later ones only until all
+    have.
+    """
     grams: dict[str, torch.Tensor] = {}
     leader: dict[str, str] = {}  # query, key and value read one tensor: it is multiplied once
     last: list[Any] = [None, ""]
     masks: dict[str, torch.Tensor | None] = {}
+    calls: list[str] = []  # of this batch
+    enough = False
 
     def hook(name: str) -> Callable[..., None]:
         def before(module: nn.Module, args: Any) -> None:
             x = args[0]
-            mask = masks["decoder" if "decoder" in name.split(".") else "encoder"]
-            owner = leader.setdefault(name, last[1] if x is last[0] else name)
-            last[:] = [x, owner]
-            if owner != name:
-                return
-            rows = x[mask.bool()] if mask is not None and x.shape[:2] == mask.shape else x
-            rows = rows.reshape(-1, x.shape[-1]).float()
-            if name in grams:
-                grams[name].addmm_(rows.T, rows)
-            else:
-                grams[name] = rows.T @ rows
+            calls.append(name)
+            own = isinstance(module, _ConvNd)
+            owner = leader.setdefault(name, last[1] if x is last[0] and not own else name)
+            last[:] = [None, ""] if own else [x, owner]
+            if owner == name:
+                add(name, module, x)
+            if enough and len(calls) == len(modules):
+                raise _Reached
 
         return before
 
+    def add(name: str, module: nn.Module, x: torch.Tensor) -> None:
+        mask = masks["decoder" if "decoder" in name.split(".") else "encoder"]
+        rows = x[mask.bool()] if mask is not None and x.shape[:2] == mask.shape else x
+        rows = patches(module, x) if isinstance(module, _ConvNd) else rows.reshape(-1, x.shape[-1]).float()
+        if squares:
+            grams[name] = grams.get(name, 0.0) + rows.square().sum(0)
+        elif name in grams:
+            grams[name].addmm_(rows.T, rows)
+        else:
+            grams[name] = rows.T @ rows
+
     with quiet_run(model) as run, ExitStack() as stack:
+
+        def part(batch: Mapping[str, Any]) -> None:
+            with suppress(_Reached):
+                run(batch)
+
         for name, module in modules.items():
             stack.callback(module.register_forward_pre_hook(hook(name)).remove)
-        for _ in run_batches(model, run, batches, masks, "calibrate"):
+        for _ in run_batches(model, part, batches, masks, "calibrate"):
+            enough = enough or (stop and sorted(calls) == sorted(modules))
             last[:] = [None, ""]
+            calls.clear()
     return {name: grams[leader[name]] for name in modules if leader.get(name) in grams}
+
+
+class _Reached(Exception):
+    """All modules that were asked for have run."""
+
+
+def patches(conv: Any, x: torch.Tensor) -> torch.Tensor:
+    """What each position of a convolution's output sums over: (rows * positions, kernel positions * input channels)."""
+    x = x.float()
+    if conv.padding_mode != "zeros":
+        x = F.pad(x, conv._reversed_padding_repeated_twice, mode=conv.padding_mode)
+    elif isinstance(conv.padding, str):
+        x = F.pad(x, conv._reversed_padding_repeated_twice)
+    else:
+        x = F.pad(x, [n for size in reversed(conv.padding) for n in (size, size)])
+    for dim, (size, step, gap) in enumerate(zip(conv.kernel_size, conv.stride, conv.dilation, strict=True), 2):
+        x = x.unfold(dim, gap * (size - 1) + 1, step)[..., ::gap]
+    return x.movedim(1, -1).reshape(-1, torch.Size(conv.kernel_size).numel() * x.shape[1])
 
 
 def run_batches(

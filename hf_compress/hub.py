@@ -126,7 +126,7 @@ def push_to_hub(
     >>> push_to_hub(model, "me/small-bert")
     Traceback (most recent call last):
     ...
-    hf_compress.edits.CompressionError: encoder.layer.0.output.dense is masked, so the model is not finished: remove the \
+    hf_compress.checks.CompressionError: encoder.layer.0.output.dense is masked, so the model is not finished: remove the \
 mask (Mask.remove()), or cut what it hides (apply_ with its plan), then push.
 
     ```
@@ -219,7 +219,7 @@ def push_folder(
     >>> push_folder("no/such/folder", "me/model")
     Traceback (most recent call last):
     ...
-    hf_compress.edits.CompressionError: 'no/such/folder' is no folder of a saved model: it has no config.json. Save one with \
+    hf_compress.checks.CompressionError: 'no/such/folder' is no folder of a saved model: it has no config.json. Save one with \
 model.save_pretrained(folder).
 
     ```

@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from .edits import CompressionError
 from .modules import LockedLinear, LowRankLinear, width
 from .quantization import is_quantized, options_of, quantized_
+from .sparse import sparse_
 
 # --- low rank ----------------------------------------------------------------------------------------------------
 
@@ -122,7 +123,12 @@ def not_separable(module: Any, multiplier: int = 1) -> str | None:
 
 # --- all of them -------------------------------------------------------------------------------------------------
 
-KINDS: dict[str, Callable[..., None]] = {"low_rank": low_rank_, "separable": separable_, "quantized": quantized_}
+KINDS: dict[str, Callable[..., None]] = {
+    "low_rank": low_rank_,
+    "separable": separable_,
+    "quantized": quantized_,
+    "sparse": sparse_,
+}
 
 
 def make_(module: nn.Module, kinds: list[list[Any]]) -> None:

@@ -16,7 +16,7 @@ import transformers
 from torch import nn
 from transformers import PreTrainedModel
 
-from .edits import CompressionError, from_spans, spans_of
+from .checks import CompressionError, from_spans, spans_of
 from .exits.options import check_options, stack_names
 from .exits.runtime import attach_exits_
 from .heads import HOW, ConfigView, HeadCount, narrow_, select_heads_
@@ -24,6 +24,7 @@ from .kinds import check_kinds, follow_ties_, make_
 from .mixtures import COUNTS, GROUPS, experts_of, settle_counts_
 from .modules import PLAIN, LockedLinear, dense_weight, gate_, is_gated, lock_, plain_kind, width
 from .quantization import is_quantized
+from .sparse import is_sparse
 from .stacks import carry_, config_parts, counts_layers
 
 Layout = dict[str, Any]
@@ -131,6 +132,8 @@ def unrecorded(model: nn.Module, layout: Layout | None, stock: nn.Module | None 
                 is_quantized(ours[name]) and tensor is not None and tensor.ndim == 3
             )
             shape = tensor is not None and tensor.shape[1:] if leading else tensor is not None and tensor.shape
+            if tensor is not None and is_sparse(theirs[name]) and key == "weight":  # a vector until it is filled
+                shape = theirs[name].hfc_shape if len(tensor) == ours[name].hfc_kept else None
             if mine is not None and mine.shape != shape:
                 return f"{name}.{key}"
     return None
@@ -486,7 +489,7 @@ def finish_replayed(model: nn.Module, layout: Layout) -> None:
     locked = [name for name, entry in layout["modules"].items() if entry.get("lock")]
     if any("kinds" in entry for entry in layout["modules"].values()):
         for module in model.modules():
-            if is_quantized(module):  # what no checkpoint filled
+            if is_quantized(module) or is_sparse(module):  # what no checkpoint filled; what it held as a vector
                 module.settle_()  # type: ignore[operator]
     if not locked and not layout.get("gates"):
         return

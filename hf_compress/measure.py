@@ -27,6 +27,7 @@ from .probe import quiet_run
 from .quantization import is_quantized
 from .quantization.kernels import has_integer_kernels
 from .report import Cost, Report, Timing
+from .sparse import is_sparse
 from .timing import latency_of, speedup_of, take_turns, wait
 
 Metrics = Mapping[str, float] | Callable[[nn.Module], Mapping[str, float]] | None
@@ -211,6 +212,7 @@ def _cost(model: nn.Module, run: Callable[[], Any], times: list[float]) -> Cost:
         bytes=sum(stored.values()),
         macs=macs_of(model, run),
         latency=latency_of(times),
+        nonzero=sum(unique.values()) - zeros if (zeros := zeros_in(model)) else None,
     )
 
 
@@ -242,6 +244,12 @@ def numbers_of(module: nn.Module) -> list[tuple[nn.Parameter, int]]:
     shapes: dict[str, Any] = module._shapes()  # type: ignore[operator,assignment]
     found = {key: math.prod(shapes[key]) for key in shapes}
     return [(p, found.get(key, p.numel() if key == "bias" else 0)) for key, p in module._parameters.items() if p is not None]
+
+
+def zeros_in(model: nn.Module) -> int:
+    """How many weights masks hold at zero."""
+    sparse: dict[int, Any] = {id(module._parameters["weight"]): module for module in model.modules() if is_sparse(module)}
+    return sum(math.prod(module.hfc_shape) - module.hfc_kept for module in sparse.values())
 
 
 def macs_of(model: nn.Module, run: Callable[[], Any]) -> int:

@@ -15,7 +15,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as dump_tensors
 
-from .edits import EDITS, MOST_UNITS, CompressionError, Edit, from_spans, shown, spans_of
+from .checks import MOST_UNITS, CompressionError, from_spans, shown, spans_of
+from .edits import EDITS, Edit
 
 FORMAT = 1
 PLAN_FILE = "compression_plan.json"

@@ -22,6 +22,7 @@ from .plan import Plan
 from .probe import NoInputs, probing, use_of_weights
 from .quantization import is_quantized
 from .refusals import check_foreign
+from .sparse import DENSE, is_sparse
 from .substitute import sharers, weights_in
 
 logger = logging.get_logger(__name__)
@@ -88,7 +89,7 @@ def plan_low_rank(
         raise CompressionError(f"Give exactly one of ratio and rank, got ratio={ratio!r} and rank={rank!r}.")
     if ratio is not None and (isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 < ratio < 1):
         raise CompressionError(f"ratio is the fraction of a module's weights that stays, in (0, 1), got {ratio!r}.")
-    model = _loaded(model)
+    model = loaded(model)
     layers = tuple(f"{layer.name}." for layer in discover(model).layers)
     modules_in = dict(model.named_modules())
     holders = weights_in(modules_in)
@@ -97,13 +98,15 @@ def plan_low_rank(
         for name, module in modules_in.items()
         if type(module) in (nn.Linear, Conv1D, LockedLinear)
         and not sharers(module, holders)
-        and (re.search(_pattern(modules, "modules"), name) if modules is not None else name.startswith(layers) or not layers)
+        and (
+            re.search(name_pattern(modules, "modules"), name) if modules is not None else name.startswith(layers) or not layers
+        )
     }
     if not found:
-        raise CompressionError(_nothing(model, modules, "Linear or Conv1D that could be made low-rank"))
+        raise CompressionError(nothing_to(model, modules, "Linear or Conv1D that could be made low-rank"))
     if batches is not None:
         batches = checked_batches(batches)
-    found = _in_use(model, found, batches[0] if batches else None)
+    found = in_use(model, found, batches[0] if batches else None, "made low-rank")
     edits = []
     for name, module in found.items():
         out, inner = width(module, 0), width(module, 1)
@@ -160,7 +163,7 @@ def plan_depthwise(model: nn.Module, *, modules: str | None = None, multiplier: 
 
     ```
     """
-    model = _loaded(model)
+    model = loaded(model)
     reasons: dict[str, str] = {}
     edits = []
     for name, module in model.named_modules():
@@ -170,7 +173,7 @@ def plan_depthwise(model: nn.Module, *, modules: str | None = None, multiplier: 
             stem = module.in_channels <= 4 or tuple(module.kernel_size) == tuple(module.stride)
             if stem or type(module) not in SEPARABLE:
                 continue
-        elif not re.search(_pattern(modules, "modules"), name):
+        elif not re.search(name_pattern(modules, "modules"), name):
             continue
         edit = DepthwiseSeparable(name, multiplier)
         reason = not_separable(module, multiplier)
@@ -182,7 +185,7 @@ def plan_depthwise(model: nn.Module, *, modules: str | None = None, multiplier: 
         name, reason = next(iter(reasons.items()))
         raise CompressionError(f"None of {len(reasons)} convolutions can be made depthwise separable; {name!r}: {reason}.")
     if not edits:
-        raise CompressionError(_nothing(model, modules, "convolution that could be made depthwise separable"))
+        raise CompressionError(nothing_to(model, modules, "convolution that could be made depthwise separable"))
     return Plan(edits)
 
 
@@ -241,20 +244,20 @@ def plan_quantization(
     """
     check_choice(embeddings, skip, modules, inputs)
     Quantize("any", bits, group_size, activations, decode)  # refuses now what each edit would
-    model = _loaded(model)
+    model = loaded(model)
     _refuse_quantized(model)
     kinds = (nn.Linear, Conv1D, LockedLinear, LowRankLinear, *((nn.Embedding,) if embeddings else ()))
-    candidates: dict[str, Any] = {name: m for name, m in model.named_modules() if type(m) in kinds}
+    candidates: dict[str, Any] = {name: m for name, m in model.named_modules() if DENSE.get(type(m), type(m)) in kinds}
     if modules is not None:
         candidates = {name: module for name, module in candidates.items() if re.search(modules, name)}
     what = "Linear or Embedding" if embeddings else "Linear"
     if not candidates:
-        raise CompressionError(_nothing(model, modules, what))
+        raise CompressionError(nothing_to(model, modules, what))
     with probing(model, inputs) as run:
         ran, read = use_of_weights(candidates, run)
     used = {id(module.weight) for name, module in candidates.items() if name in ran}
     held = {id(module.weight) for name, module in candidates.items() if name in read}
-    heads = _heads(model) if skip == HEADS else ()
+    heads = heads_of(model) if skip == HEADS else ()
     edits, seen = [], set()
     reasons: dict[str, str] = {}  # why a candidate stays as it is
     holders = weights_in(dict(model.named_modules()))
@@ -272,6 +275,8 @@ def plan_quantization(
             reasons[name] = "it does not run on the inputs that were made for it; pass inputs="
         elif is_gated(module):
             reasons[name] = "it is masked; cut it first"
+        elif is_sparse(module) and bits < 8:
+            reasons[name] = f"it is sparse, and grids of {bits} bits have no point at exactly zero (8 bits have)"
         elif not {type(m) for _, m in tied} <= {nn.Linear, nn.Embedding}:
             reasons[name] = f"it shares its weight with {tied[0][0]!r}, which cannot be quantized"
         elif not embeddings and any(isinstance(other, nn.Embedding) for _, other in tied):
@@ -295,7 +300,7 @@ def check_choice(embeddings: Any, skip: Any, modules: Any, inputs: Any) -> None:
         raise CompressionError(f"embeddings must be True or False, got {embeddings!r}.")
     for text, where in ((skip, "skip"), (modules, "modules")):
         if text is not None:
-            _pattern(text, where)
+            name_pattern(text, where)
     if inputs is not None and (not isinstance(inputs, Mapping) or not all(isinstance(key, str) for key in inputs)):
         raise CompressionError(f"inputs must be a batch as for model(**inputs), got {type(inputs).__name__}.")
 
@@ -303,7 +308,7 @@ def check_choice(embeddings: Any, skip: Any, modules: Any, inputs: Any) -> None:
 # --- shared ------------------------------------------------------------------------------------------------------
 
 
-def _loaded(model: Any) -> nn.Module:
+def loaded(model: Any) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise CompressionError(f"Expected a model, got {type(model).__name__}.")
     model = getattr(model, "_orig_mod", model)  # torch.compile
@@ -313,7 +318,7 @@ def _loaded(model: Any) -> nn.Module:
     return model
 
 
-def _pattern(text: Any, where: str) -> re.Pattern[str]:
+def name_pattern(text: Any, where: str) -> re.Pattern[str]:
     if not isinstance(text, str):
         raise CompressionError(f"{where} must be a regular expression on module names, as text, got {text!r}.")
     try:
@@ -322,12 +327,12 @@ def _pattern(text: Any, where: str) -> re.Pattern[str]:
         raise CompressionError(f"{where} must be a regular expression on module names, got {text!r} ({error}).") from error
 
 
-def _nothing(model: nn.Module, modules: str | None, what: str) -> str:
+def nothing_to(model: nn.Module, modules: str | None, what: str) -> str:
     where = "" if modules is None else f" whose name matches {modules!r}"
     return f"{type(model).__name__} has no {what}{where}; names are those of model.named_modules()."
 
 
-def _heads(model: Any) -> tuple[str, ...]:
+def heads_of(model: Any) -> tuple[str, ...]:
     """Prefixes of what lies outside the base model, and of the output embeddings."""
     base = getattr(model, "base_model", model)
     outside = [] if base is model else [f"{n}." for n, m in model.named_children() if m is not base]
@@ -353,7 +358,7 @@ def _tell_what_stays(model: nn.Module, planned: set[int]) -> None:
         logger.warning(f"Left in full precision, {share:.1%} of the weights: {', '.join(most[:6])}{more}.")
 
 
-def _in_use(model: nn.Module, found: dict[str, nn.Module], batch: Mapping[str, Any] | None) -> dict[str, nn.Module]:
+def in_use(model: nn.Module, found: dict[str, nn.Module], batch: Mapping[str, Any] | None, what: str) -> dict[str, nn.Module]:
     """Without those that do not run, or whose weight something else reads, as far as these (or made) inputs can tell."""
     try:
         with probing(model, batch) as run:
@@ -364,7 +369,7 @@ def _in_use(model: nn.Module, found: dict[str, nn.Module], batch: Mapping[str, A
     if not free:
         raise CompressionError(
             f"Something else than its own forward reads the weight of {next(iter(found))!r} (of {len(found)} that match), so "
-            "it cannot be made low-rank. Choose others with modules=..."
+            f"it cannot be {what}. Choose others with modules=..."
         )
     kept = {name: module for name, module in free.items() if name in ran}
     if not kept:

@@ -18,6 +18,7 @@ from .loader import compression_of
 from .masking import skip_layer
 from .modules import is_gated
 from .probe import owners_in, tensors_in
+from .sparse import is_sparse
 
 
 def check_foreign(model: nn.Module) -> None:
@@ -56,6 +57,14 @@ def check_weights(name: str, module: nn.Module) -> None:
         )
 
 
+def check_dense(name: str, module: nn.Module) -> None:
+    """Refuse to take rows or columns from a module of which single weights are held at zero."""
+    if is_sparse(module):
+        raise CompressionError(
+            f"{name!r} is sparse, and its mask has a bit for every weight. Cut first, then Sparsify what is left."
+        )
+
+
 def check_modules(model: nn.Module, cuts: list[Cut]) -> None:
     """Refuse modules whose weights are not simply theirs."""
     modules = dict(model.named_modules())
@@ -86,6 +95,7 @@ def check_part(modules: Mapping[str, nn.Module], part: Part) -> None:
     """Refuse a projection whose weight cannot be sliced."""
     module = modules[part.module]
     check_weights(part.module, module)
+    check_dense(part.module, module)
     if isinstance(module, nn.Linear | Conv1D) and not is_plain_linear(module):
         raise CompressionError(
             f"{part.module!r} is a {type(module).__module__}.{type(module).__name__}, not a plain Linear, so its "

@@ -34,7 +34,10 @@ class Latency:
 
 @dataclass(frozen=True)
 class Cost:
-    """What one model costs on one batch."""
+    """What one model costs on one batch.
+
+    `nonzero`: the parameters less those that a mask holds at zero; none where no weights are held so.
+    """
 
     parameters: int
     parameters_encoder: int
@@ -42,6 +45,7 @@ class Cost:
     macs: int
     latency: Latency
     metrics: dict[str, float] = field(default_factory=dict)
+    nonzero: int | None = None
 
 
 @dataclass(frozen=True)
@@ -127,7 +131,7 @@ class Report:
         if self.against is None:
             return {}
         pairs = {key: (getattr(self.model, key), getattr(self.against, key)) for key in COUNTS}
-        return {key: one / other for key, (one, other) in pairs.items() if other}
+        return {key: one / other for key, (one, other) in pairs.items() if other and one is not None}
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dict, with the ratios. `Report.from_dict` is its inverse."""
@@ -183,7 +187,9 @@ class Report:
         rows: list[tuple[str, ...]] = [("", "model", "against" if b else "", "change" if b else "")]
         for key, name in COUNTS.items():
             change = f"{self.ratios[key]:.3f}x" if key in self.ratios else ""
-            rows.append((name, f"{getattr(a, key):,}", f"{getattr(b, key):,}" if b else "", change))
+            values = ["" if cost is None or getattr(cost, key) is None else f"{getattr(cost, key):,}" for cost in (a, b)]
+            if any(values):  # few models have weights that are held at zero
+                rows.append((name, *values, change))
         rows.append(("latency", str(a.latency), str(b.latency) if b else "", ""))
         for name, value in a.metrics.items():  # a ratio of correlations, or of losses, means nothing
             other = b.metrics.get(name) if b else None
@@ -206,6 +212,7 @@ class Report:
 COUNTS = {
     "parameters": "parameters",
     "parameters_encoder": "  encoder only",
+    "nonzero": "  not zero",
     "bytes": "bytes on disk",
     "macs": "MACs",
 }

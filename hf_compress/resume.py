@@ -17,6 +17,7 @@ from .layout import replay_
 from .loader import compression_of
 from .modules import LockedLinear, lock_
 from .quantization import is_quantized
+from .sparse import MASK, is_sparse
 
 
 def restore_weights(model: PreTrainedModel, checkpoint: str | os.PathLike) -> None:
@@ -57,7 +58,8 @@ def restore_weights(model: PreTrainedModel, checkpoint: str | os.PathLike) -> No
 
 
 def _shapes(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
+    masks = {f"{name}.{MASK}": (module.hfc_kept,) for name, module in model.named_modules() if is_sparse(module)}
+    return {**{name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}, **masks}  # type: ignore[dict-item]
 
 
 def _take_shapes(model: PreTrainedModel, small: PreTrainedModel) -> None:
@@ -103,6 +105,8 @@ def _take_shapes(model: PreTrainedModel, small: PreTrainedModel) -> None:
     for module in model.modules():
         if is_quantized(module):
             module.settle_()  # type: ignore[operator]
+        elif is_sparse(module):
+            module.blank_()  # type: ignore[operator]
     for name in kinds:
         model.get_submodule(name).__dict__["hfc_kinds"] = kinds[name]
     model.config.__dict__.update({k: v for k, v in small.config.__dict__.items() if not k.startswith("_")})

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from transformers.pytorch_utils import Conv1D
 
-from .edits import CompressionError, shown
+from .checks import CompressionError, shown
 
 SCOPES = ("row", "layer", "global")
 Masks = dict[str, torch.Tensor]

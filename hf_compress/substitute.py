@@ -12,20 +12,18 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers.pytorch_utils import Conv1D
 
-from . import compensation
+from .become import BECOME, Substitution, Tensors, entry_of, given_for, share_quantized
 from .cutting import Undo
 from .discover import nearest
-from .edits import CompressionError, DepthwiseSeparable, KeepHeads, KeepNeurons, LowRank, Quantize
-from .fits import best_kernels, best_rank, compose_kernels
-from .kinds import low_rank_, not_separable, separable_
+from .edits import CompressionError, DepthwiseSeparable, LowRank, Quantize, Sparsify
+from .fits import compose_kernels
+from .kinds import not_separable
 from .loader import host_quantized_
 from .modules import LockedLinear, LowRankLinear, dense_weight, is_gated
 from .probe import difference, owners_in, probing, tensors_in, tolerance
-from .quantization import dequantized, is_quantized, quantize_, quantized_
+from .quantization import dequantized, is_quantized
 from .refusals import check_weights
-
-Substitution = LowRank | DepthwiseSeparable | Quantize
-Tensors = Mapping[str, torch.Tensor]
+from .sparse import DENSE, is_sparse, not_sparsifiable, unsparse_
 
 
 def substitute_(
@@ -70,13 +68,15 @@ def substitute_(
                 undo.append(before.restore)
                 if type(sharer) is LockedLinear:
                     sharer.__class__ = nn.Linear  # type: ignore[assignment]
+                if is_sparse(sharer):  # integers hold the zeros, another mask replaces this one
+                    unsparse_(sharer)
                 kinds = [*sharer.__dict__.get("hfc_kinds", [])]
                 if sharer is module or not isinstance(edit, Quantize):
-                    kinds.append(BECOME[type(edit)](sharer, edit, _given(edit, name, sharer, tensors)))
+                    kinds.append(BECOME[type(edit)](sharer, edit, given_for(edit, name, sharer, tensors)))
                 else:
-                    kinds.append(_share_quantized(module, sharer, edit))
+                    kinds.append(share_quantized(module, sharer, edit))
                 sharer.__dict__["hfc_kinds"] = kinds
-                record[other] = _entry(sharer, kinds)
+                record[other] = entry_of(sharer, kinds)
                 changed.append((other, sharer, before, edit))
             holders |= weights_in({other: sharer for other, sharer in [(name, module), *tied]})
     _prove(model, changed, inputs)
@@ -95,107 +95,6 @@ def find(model: nn.Module, name: str, modules: Mapping[str, nn.Module]) -> tuple
         f"{type(model).__name__} has no module named {name!r}{nearest(name, [n for n in modules if n])} Names are those of "
         "model.named_modules(), as the edits before this one left them."
     )
-
-
-# --- what each edit makes of a module ----------------------------------------------------------------------------
-
-
-def _become_low_rank(module: Any, edit: LowRank, given: dict[str, torch.Tensor] | None) -> list[Any]:
-    dense = dense_weight(module)
-    if given is None:
-        out, inner = best_rank(dense, edit.rank)
-    else:
-        out, inner = given["weight"], given["weight_in"]
-        shapes = (dense.shape[0], edit.rank), (edit.rank, dense.shape[1])
-        if (tuple(out.shape), tuple(inner.shape)) != shapes:
-            raise CompressionError(
-                f"The plan's factors of {edit.module!r} are {tuple(out.shape)} and {tuple(inner.shape)}; here they must be "
-                f"{shapes[0]} and {shapes[1]}. Make the plan on the model as the edits before it leave it: apply those first."
-            )
-    low_rank_(module, edit.rank)
-    module.weight.copy_(out)
-    module.weight_in.copy_(inner)
-    if not bool(module.weight.isfinite().all() and module.weight_in.isfinite().all()):
-        raise CompressionError(f"The factors of {edit.module!r} do not fit into {module.weight.dtype}; make the plan again.")
-    return ["low_rank", {"rank": edit.rank}]
-
-
-def _become_separable(module: Any, edit: DepthwiseSeparable, given: None) -> list[Any]:
-    depth, point = best_kernels(module.weight, module.groups, edit.multiplier)
-    separable_(module, edit.multiplier)
-    module.weight.copy_(point)
-    module.weight_depth.copy_(depth)
-    return ["separable", {"multiplier": edit.multiplier}]
-
-
-def _options(module: nn.Module, edit: Quantize) -> dict[str, Any]:
-    floats = edit.activations == "none" or isinstance(module, nn.Embedding)
-    activations = None if floats else edit.activations
-    return {"bits": edit.bits, "group_size": edit.group_size, "activations": activations, "decode": edit.decode}
-
-
-def _become_quantized(module: Any, edit: Quantize, given: dict[str, torch.Tensor] | None) -> list[Any]:
-    options = _options(module, edit)
-    quantize_(module, **options, given=given)
-    return ["quantized", options]
-
-
-def _share_quantized(module: Any, sharer: Any, edit: Quantize) -> list[Any]:
-    """A head that is tied to an embedding stays tied: both hold the same integers, and only its weights are rounded."""
-    options = {**_options(sharer, edit), "activations": None}
-    quantized_(sharer, **options)
-    sharer.settle_()
-    for name, parameter in module._parameters.items():
-        if name != "bias":
-            sharer._parameters[name] = parameter
-    return ["quantized", options]
-
-
-BECOME: dict[type, Callable[..., list[Any]]] = {
-    LowRank: _become_low_rank,
-    DepthwiseSeparable: _become_separable,
-    Quantize: _become_quantized,
-}
-
-
-def _given(edit: Substitution, name: str, module: nn.Module, tensors: Tensors | None) -> dict[str, torch.Tensor] | None:
-    if not getattr(edit, "given", False):
-        return None
-    wanted = names_given(edit)
-    found = {key.rpartition(".")[2]: value for key, value in (tensors or {}).items() if key in wanted}
-    if not found or (isinstance(edit, LowRank) and len(found) < 2):
-        raise CompressionError(
-            f"{type(edit).__name__}({edit.module!r}) was planned with tensors ({', '.join(sorted(wanted))}), which this plan "
-            "does not carry. Use the plan that its planner returned, or Plan.load(folder)."
-        )
-    broken = [key for key, value in found.items() if value.is_floating_point() and not bool(value.isfinite().all())]
-    if broken:
-        raise CompressionError(
-            f"The plan's tensor {edit.module}.{broken[0]} holds NaN or infinite values; make the plan again."
-        )
-    device = next(module.parameters()).device
-    return {key: value.to(device) for key, value in found.items()}
-
-
-def names_given(edit: Any) -> set[str]:
-    """The tensors of a plan that an edit uses."""
-    if not getattr(edit, "given", False):
-        return set()
-    if isinstance(edit, KeepHeads | KeepNeurons):
-        return set(compensation.names_given(edit))
-    keys = ("weight", "weight_in") if isinstance(edit, LowRank) else SCALES
-    return {f"{edit.module}.{key}" for key in keys}
-
-
-SCALES = ("weight_scale", "weight_zero", "weight_in_scale", "weight_in_zero")
-
-
-def _entry(module: Any, kinds: list[Any]) -> dict[str, Any]:
-    shapes = {key: list(p.shape) for key, p in module.state_dict().items()}  # as on disk: quantized weights have one axis more
-    entry: dict[str, Any] = {"kinds": kinds, "shapes": shapes}
-    if isinstance(module, nn.Linear):
-        entry["attributes"] = {"out_features": module.out_features, "in_features": module.in_features}
-    return entry
 
 
 # --- refusals ----------------------------------------------------------------------------------------------------
@@ -217,7 +116,18 @@ def _check(model: nn.Module, name: str, module: Any, edit: Substitution, tied: l
     if is_quantized(module):
         again = "quantized already" if isinstance(edit, Quantize) else "quantized, and integers have no better approximation"
         raise CompressionError(f"{name!r} is {again}: {what} must come first, once, or start from the float model.")
-    if isinstance(edit, LowRank):
+    if is_sparse(module) and isinstance(edit, LowRank | DepthwiseSeparable):
+        raise CompressionError(f"{name!r} is sparse, and a product of thinner ones has no zeros; use {what} alone, or first.")
+    if is_sparse(module) and isinstance(edit, Quantize) and edit.bits < 8:
+        raise CompressionError(
+            f"{name!r} is sparse, and the grids of {edit.bits} bits have no point at exactly zero, so its zeros would "
+            "be lost. 8 bits keep them; or quantize alone."
+        )
+    if isinstance(edit, Sparsify):
+        reason = not_sparsifiable(module) if type(module) is not LockedLinear else None
+        if reason is not None:
+            raise CompressionError(f"{name!r} cannot be made sparse: {reason}.")
+    elif isinstance(edit, LowRank):
         if type(module) is LowRankLinear:
             raise CompressionError(
                 f"{name!r} is low-rank already (rank {module.rank}); start from the dense model for another."
@@ -228,7 +138,7 @@ def _check(model: nn.Module, name: str, module: Any, edit: Substitution, tied: l
         reason = not_separable(module, edit.multiplier)
         if reason:
             raise CompressionError(f"{name!r} cannot be made depthwise separable: {reason}.")
-    elif type(module) not in (nn.Linear, Conv1D, LockedLinear, LowRankLinear, nn.Embedding):
+    elif DENSE.get(type(module), type(module)) not in (nn.Linear, Conv1D, LockedLinear, LowRankLinear, nn.Embedding):
         raise CompressionError(f"Quantize takes a Linear, Conv1D or Embedding, and {name!r} is a {_kind(module)}.")
     if tied and not (isinstance(edit, Quantize) and {type(m) for _, m in tied} <= {nn.Linear, nn.Embedding}):
         raise CompressionError(
@@ -290,8 +200,10 @@ def effective(module: Any, before: _State) -> dict[str, nn.Parameter | None]:
     """The parameters under which the module that was there computes what the new one does."""
     if is_quantized(module):
         found = dequantized(module)
-        if before.kind is Conv1D:
+        if issubclass(before.kind, Conv1D):
             found = {**found, "weight": found["weight"].T}
+    elif is_sparse(module):
+        found = {"weight": module.weight.detach()}
     elif isinstance(module, LowRankLinear):
         weight = dense_weight(module)
         found = {"weight": weight.T if before.kind is Conv1D else weight}

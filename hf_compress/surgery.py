@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
+from .become import Substitution, names_given
 from .channel_proof import channel_gates, channels_
 from .compensation import compensations
 from .cutting import Undo, Variant, cut_
@@ -33,7 +34,7 @@ from .record import own_configs_, stamp_
 from .refusals import check_adapters, check_experts, check_foreign, check_masks, check_modules
 from .resolve import Resolved, resolve
 from .stacks import config_numbers, remove_layers_
-from .substitute import Substitution, names_given, substitute_
+from .substitute import substitute_
 from .vocabulary import vocabulary_
 
 logger = logging.get_logger(__name__)

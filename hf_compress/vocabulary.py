@@ -16,7 +16,7 @@ from .edits import CompressionError, KeepVocabulary
 from .layout import skeleton
 from .probe import NoInputs, difference, example_inputs, probing, tensors_in, tolerance
 from .quantization import is_quantized
-from .refusals import check_weights
+from .refusals import check_dense, check_weights
 from .token_ids import renumber_
 from .vocabularies import Vocabulary, held_in, holders_of, ids_needed, numbers_in, tensors_of, the_vocabulary, vocabularies
 
@@ -80,6 +80,7 @@ def _check(one: Vocabulary) -> None:
             raise CompressionError(
                 f"{path!r} is quantized, and its rows cannot be taken apart. KeepVocabulary comes first, then Quantize."
             )
+        check_dense(path, module)
         check_weights(path, module)
         sizes = {vars(config)[key] for _, config, key in one.sizes}
         wrong = [every[name].shape[d] for d in dims if every[name].shape[d] not in sizes]

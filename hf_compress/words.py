@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from .checks import spans_of
 from .edits import (
     AddExits,
     DepthwiseSeparable,
@@ -20,7 +21,7 @@ from .edits import (
     KeepVocabulary,
     LowRank,
     Quantize,
-    spans_of,
+    Sparsify,
 )
 from .report import Latency, Report, Timing
 
@@ -34,6 +35,7 @@ TECHNIQUES: dict[type, tuple[str, str]] = {
     KeepVocabulary: ("given a smaller vocabulary", "vocabulary-trimming"),
     LowRank: ("made low-rank", "low-rank"),
     DepthwiseSeparable: ("made depthwise separable", "depthwise-separable"),
+    Sparsify: ("made sparse", "sparsity"),
     Quantize: ("quantized", "quantization"),
     AddExits: ("given early exits", "early-exit"),
 }
@@ -149,6 +151,15 @@ def _depthwise(edits: list[Any]) -> list[str]:
     return [f"Convolutions: {count(len(edits), 'convolution')} {what} split into {kernels} per channel and a pointwise one."]
 
 
+def _sparsify(edits: list[Any]) -> list[str]:
+    last = {e.module: e for e in edits}.values()
+    patterns = {e.pattern for e in last if e.pattern}
+    shares = sorted({e.sparsity for e in last})
+    share = digits(shares[0]) if len(shares) == 1 else f"{digits(shares[0])} to {digits(shares[-1])}"
+    which = f" ({and_list(sorted(patterns))}: so many of every group of neighbours stay)" if patterns else ""
+    return [f"Single weights: a fraction of {share} of those of {count(len(last), 'module')} is zero{which}."]
+
+
 def _quantize(edits: list[Any]) -> list[str]:
     groups: dict[tuple, int] = {}
     for edit in {e.module: e for e in edits}.values():
@@ -186,6 +197,7 @@ SENTENCES: dict[type, Callable[[list[Any]], list[str]]] = {
     KeepVocabulary: _vocabulary,
     LowRank: _low_rank,
     DepthwiseSeparable: _depthwise,
+    Sparsify: _sparsify,
     Quantize: _quantize,
     AddExits: _exits,
 }
@@ -195,6 +207,8 @@ def limits(edits: Iterable[Edit], report: Report | None, about: Mapping[str, Any
     """What the model does not do, from what was done to it, what was measured, and what is noted about it."""
     quantized = [edit for edit in edits if isinstance(edit, Quantize)]
     said: list[str] = []
+    if any(isinstance(edit, Sparsify) for edit in edits):
+        said.append("Its zeros make the file smaller and gain no time: dense kernels multiply zeros as they do any number.")
     if any(edit.activations == "none" for edit in quantized):
         said.append("Weights that are quantized alone take less space and no less time: they are multiplied in floating point.")
     if any(edit.decode == "call" for edit in quantized):

@@ -36,6 +36,7 @@ EDIT_OF = {
     "LowRank": hc.LowRank(LINEAR.format(0), 13),
     "DepthwiseSeparable": hc.DepthwiseSeparable("conv", 2),
     "Quantize": hc.Quantize(LINEAR.format(0)),
+    "Sparsify": hc.Sparsify(LINEAR.format(0), pattern="2:4"),
     "AddExits": hc.AddExits([1]),
     "KeepVocabulary": hc.KeepVocabulary(range(9000)),
 }

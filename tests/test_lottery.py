@@ -498,7 +498,14 @@ def test_a_ticket_of_another_model_is_refused_before_anything_changes(ticket, me
     assert all(torch.equal(w, before[n]) for n, w in state_of(trainer.model).items())
 
 
-@pytest.mark.parametrize("other", [lambda: hc.PruningCallback(heads=0.5), lambda: hc.LotteryTicketCallback(hc.Ticket(MASK))])
+@pytest.mark.parametrize(
+    "other",
+    [
+        lambda: hc.PruningCallback(heads=0.5),
+        lambda: hc.SparsityCallback(0.5),
+        lambda: hc.LotteryTicketCallback(hc.Ticket(MASK)),
+    ],
+)
 def test_a_second_callback_that_masks_is_refused(other, tmp_path):
     trainer = maker(tmp_path, [], callbacks=lambda: [other()])()
     trainer.add_callback(hc.LotteryTicketCallback(hc.Ticket(MASK)))

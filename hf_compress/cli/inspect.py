@@ -286,7 +286,7 @@ def _blocks(text: str, everything: bool) -> str:
     """discover's table; of blocks that differ in a number of their names alone, one line."""
     if everything:
         return text
-    from ..edits import spans_of
+    from ..checks import spans_of
 
     rows = [re.split(r" {2,}", line, maxsplit=2) for line in text.splitlines()]
     rows = [row + [""] * (3 - len(row)) for row in rows]

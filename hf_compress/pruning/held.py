@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,13 +20,15 @@ from ..sparsity import Masks, check_sparsity, choose_masks, from_matrix, matrix_
 class Held:
     """Masks on a model's parameters, held: `zero_` makes what is masked 0.0 again, and is called after each optimizer step.
 
-    Parameters stay what they are (identity, shape, `requires_grad`), so optimizers, wrappers and checkpoints stay valid.
-    Masks follow a parameter to another device. See `hold_`.
+    What is masked gets no gradient, so that clipping by norm sees what is left alone. Parameters stay what they are (identity,
+    shape, `requires_grad`), so optimizers, wrappers and checkpoints stay valid. Masks follow a parameter to another device.
+    See `hold_`.
     """
 
     def __init__(self, model: nn.Module, masks: Mapping[str, torch.Tensor]) -> None:
         self.model = model
         self._handles: list[Any] = []
+        self._quiet: list[Any] = []  # hooks on gradients
         self._gone: dict[str, torch.Tensor] = {}  # True: masked, which is what filling wants
         self.set_(masks)
 
@@ -56,7 +59,18 @@ class Held:
         """Hold these masks instead; what they remove is zeroed now. What was zero and may grow again starts from zero."""
         parameters = _checked(self.model, masks)
         self._gone = {name: ~mask.to(parameters[name].device) for name, mask in masks.items()}
+        self._unhook()
+        for name, parameter in parameters.items():
+            if parameter.requires_grad:
+                self._quiet.append(parameter.register_hook(partial(self._masked, name)))
         self.zero_()
+
+    def _masked(self, name: str, grad: torch.Tensor) -> torch.Tensor:
+        return grad if grad.is_sparse else grad.masked_fill(self._gone[name].to(grad.device), 0)
+
+    def _unhook(self) -> None:
+        while self._quiet:
+            self._quiet.pop().remove()
 
     @torch.no_grad()
     def zero_(self) -> None:
@@ -88,6 +102,7 @@ class Held:
 
     def release(self) -> None:
         """Hold no longer. The zeros stay, and may grow from the next step on. A second call does nothing."""
+        self._unhook()
         while self._handles:
             self._handles.pop().remove()
 

@@ -23,6 +23,7 @@ from .callback import PruningCallback
 from .held import Held, hold_
 from .held import _checked as check_masks
 from .select import check_seed
+from .sparsity_callback import SparsityCallback
 from .ticket import Ticket, check_state, fresh_weights, random_ticket, set_state_
 
 CONTROLS = ("reinit", "random_mask")
@@ -89,7 +90,7 @@ class LotteryTicketCallback(TrainerCallback):
         check_adapters(model)
         refuse_drifting(trainer, type(self).__name__)
         others = [] if trainer is None else [c for c in trainer.callback_handler.callbacks if c is not self]
-        if any(isinstance(other, LotteryTicketCallback | PruningCallback) for other in others):
+        if any(isinstance(other, LotteryTicketCallback | PruningCallback | SparsityCallback) for other in others):
             raise CompressionError("Another callback in this Trainer masks weights too; train a ticket with one of them.")
         resumed = trainer is not None and resumed_from(trainer) is not None
         if trainer is not None:

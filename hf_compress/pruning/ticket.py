@@ -23,7 +23,7 @@ from ..edits import CompressionError, KeepHeads, shown
 from ..files import replace_files
 from ..fresh import from_config
 from ..plan import Plan
-from ..planners import _heads, _pattern
+from ..planners import heads_of, name_pattern
 from ..sparsity import pack_bits, unpack_bits
 from .held import unwrapped
 from .select import count_units, plan_of
@@ -276,7 +276,7 @@ def prunable(model: nn.Module, modules: str | None = None) -> list[str]:
     """
     inner = unwrapped(model)
     layers = tuple(f"{layer.name}." for layer in discover(inner).layers) if modules is None else ()
-    heads = _heads(inner) if modules is None else ()
+    heads = heads_of(inner) if modules is None else ()
     named = {name.replace("_orig_mod.", ""): module for name, module in inner.named_modules()}
     found = {
         name: module
@@ -300,7 +300,7 @@ def prunable(model: nn.Module, modules: str | None = None) -> list[str]:
 
 def _wanted(name: str, module: nn.Module, modules: str | None, layers: tuple[str, ...], heads: tuple[str, ...]) -> bool:
     if modules is not None:
-        return re.search(_pattern(modules, "modules"), name) is not None
+        return re.search(name_pattern(modules, "modules"), name) is not None
     if layers:
         return name.startswith(layers)
     stem = isinstance(module, _ConvNd) and module.in_channels <= 4

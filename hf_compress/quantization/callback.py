@@ -30,8 +30,10 @@ from ..modules import is_gated
 from ..plan import Plan
 from ..planners import HEADS, check_choice, plan_quantization
 from ..pruning.callback import PruningCallback
+from ..pruning.sparsity_callback import SparsityCallback
 from ..publish import card_in_
 from ..refusals import check_adapters
+from ..sparse import is_sparse
 from ..substitute import sharers, weights_in
 from ..surgery import apply_
 from .fake import fake_, is_fake, observe_, scales_of, unfake_
@@ -132,7 +134,7 @@ class QuantizationCallback(TrainerCallback):
         check_adapters(model)
         refuse_drifting(trainer, type(self).__name__)
         for other in [] if trainer is None else trainer.callback_handler.callbacks:
-            if other is not self and isinstance(other, PruningCallback | QuantizationCallback):
+            if other is not self and isinstance(other, PruningCallback | QuantizationCallback | SparsityCallback):
                 raise CompressionError(
                     f"A QuantizationCallback cannot share a training with a {type(other).__name__}: both change what the same "
                     "modules compute. Train twice: prune first, then quantize what is left."
@@ -142,6 +144,12 @@ class QuantizationCallback(TrainerCallback):
         gated = next((name for name, module in model.named_modules() if is_gated(module)), None)
         if gated is not None:
             raise CompressionError(f"{gated!r} is masked; cut it first (apply_ with the plan of the mask), then quantize.")
+        sparse = next((name for name, module in model.named_modules() if is_sparse(module)), None)
+        if sparse is not None:
+            raise CompressionError(
+                f"{sparse!r} is sparse, and rounding while training would let its zeros grow. Quantize it after training: "
+                "apply_(model, plan_quantization(model, bits=8)) keeps them at zero."
+            )
         self._planned = list(plan_quantization(model, **self.options))
         self._model, self._trainer, self.plan = model, trainer, None
         self._modules, self._frozen = {}, False

@@ -33,7 +33,7 @@ def check_share(structure: Structure, options: Mapping[str, Any]) -> None:
     >>> check_share(discover(model), {"heads": 0.01})
     Traceback (most recent call last):
     ...
-    hf_compress.edits.CompressionError: heads: 0.01 removes nothing: 2 blocks have 12 heads each, and a head goes whole. The \
+    hf_compress.checks.CompressionError: heads: 0.01 removes nothing: 2 blocks have 12 heads each, and a head goes whole. The \
 smallest share that removes something is 0.021.
 
     ```

@@ -135,7 +135,7 @@ def check_training(options: Mapping[str, Any], teacher: bool) -> None:
     >>> check_training({"label_smoothing_factor": 1.5}, teacher=False)
     Traceback (most recent call last):
     ...
-    hf_compress.edits.CompressionError: label_smoothing_factor must lie in [0, 1), got 1.5.
+    hf_compress.checks.CompressionError: label_smoothing_factor must lie in [0, 1), got 1.5.
 
     ```
     """

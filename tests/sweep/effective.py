@@ -22,6 +22,12 @@ def float_form(dense: Any, model: Any, plan: hc.Plan) -> Any:
                 continue
             if type(other).__name__ in ("GatedLinear", "LockedLinear"):
                 continue
+            if "weight_mask" in other._buffers:
+                bits = other._buffers["weight_mask"]
+                mask = torch.stack([bits >> i & 1 for i in range(8)], -1).flatten()[: other.weight.numel()]
+                done.add(id(module.weight))
+                module.weight.mul_(mask.view_as(module.weight))  # the weights that stay are those that were there
+                continue
             weight = stands_for(other)
             done.add(id(module.weight))
             module.weight.copy_(weight.T if isinstance(module, Conv1D) else weight)

@@ -110,6 +110,10 @@ def separable(model: Any, draw: random.Random) -> Any:
     return hc.plan_depthwise(model)
 
 
+def sparse(model: Any, draw: random.Random) -> Any:
+    return hc.plan_sparsity(model, sparsity=0.6)
+
+
 def eight_bit(model: Any, draw: random.Random) -> Any:
     return hc.plan_quantization(model, bits=8)
 
@@ -135,6 +139,7 @@ EDITS: dict[str, tuple[Callable[[Any, random.Random], Any], str, tuple[str, ...]
     "KeepVocabulary": (vocabulary, "vocabulary", ()),
     "LowRank": (low_rank, "kind", ()),
     "DepthwiseSeparable": (separable, "kind", ()),
+    "Sparsify": (sparse, "kind", ()),
     "Quantize 8 bit": (eight_bit, "kind", ()),
     "Quantize 4 bit": (four_bit, "kind", ()),
     "AddExits": (exits, "exits", CLASSIFIERS),
