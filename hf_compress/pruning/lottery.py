@@ -89,9 +89,7 @@ class LotteryTicketCallback(TrainerCallback):
         refuse_sharded(trainer, model, type(self).__name__)
         check_adapters(model)
         refuse_drifting(trainer, type(self).__name__)
-        others = [] if trainer is None else [c for c in trainer.callback_handler.callbacks if c is not self]
-        if any(isinstance(other, LotteryTicketCallback | PruningCallback | SparsityCallback) for other in others):
-            raise CompressionError("Another callback in this Trainer masks weights too; train a ticket with one of them.")
+        self._refuse_others(trainer)
         resumed = trainer is not None and resumed_from(trainer) is not None
         if trainer is not None:
             restore_what_stock_lost(trainer, model)
@@ -141,6 +139,17 @@ class LotteryTicketCallback(TrainerCallback):
         restore_best(args, state, model)
         self._held.zero_()
         self._abandon()
+
+    def _refuse_others(self, trainer: Trainer | None) -> None:
+        from ..quantization.callback import QuantizationCallback  # which looks for callbacks of this package too
+
+        kinds = LotteryTicketCallback | PruningCallback | SparsityCallback | QuantizationCallback
+        for other in [] if trainer is None else trainer.callback_handler.callbacks:
+            if other is not self and isinstance(other, kinds):
+                raise CompressionError(
+                    f"A LotteryTicketCallback cannot share a training with a {type(other).__name__}: both change the same "
+                    "weights. Train the ticket first, then compress what it became."
+                )
 
     def _abandon(self) -> None:
         """Hold no longer; the zeros stay."""
