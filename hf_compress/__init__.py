@@ -47,8 +47,11 @@ from .planners import plan_depthwise, plan_low_rank, plan_quantization
 from .pruning import plan_pruning
 from .pruning.callback import PruningCallback
 from .pruning.latency import LatencyTable
+from .pruning.lottery import LotteryTicketCallback
+from .pruning.rounds import FoundTicket, find_ticket
 from .pruning.sparsity_callback import SparsityCallback
 from .pruning.target import Pruned, prune_family, prune_to
+from .pruning.ticket import Ticket
 from .pruning.weights import plan_sparsity
 from .publish import PushError
 from .quantization.callback import QuantizationCallback
@@ -71,6 +74,7 @@ __all__ = [
     "DistillationMixin",
     "DistillationTrainer",
     "EarlyExitCallback",
+    "FoundTicket",
     "KeepChannels",
     "KeepExperts",
     "KeepHeads",
@@ -78,6 +82,7 @@ __all__ = [
     "KeepNeurons",
     "KeepVocabulary",
     "LatencyTable",
+    "LotteryTicketCallback",
     "LowRank",
     "Mask",
     "Plan",
@@ -92,6 +97,7 @@ __all__ = [
     "Sparsify",
     "SparsityCallback",
     "Structure",
+    "Ticket",
     "apply_",
     "apply_to_folder",
     "channel_groups",
@@ -101,6 +107,7 @@ __all__ = [
     "discover",
     "exit_layers",
     "exit_options",
+    "find_ticket",
     "from_config",
     "init_student",
     "mask_",

@@ -289,6 +289,18 @@ CALLS = [
     (lambda m, e: hc.SparsityCallback(0.5, end=NAN), "end", "got 0.1 and nan"),
     (lambda m, e: hc.SparsityCallback(0.5, every=True), "every", "got True"),
     (lambda m, e: hc.SparsityCallback(0.5, inputs=5), "inputs", "int"),
+    (lambda m, e: hc.find_ticket(m, 0.5), "make_trainer", "BertForSequenceClassification"),
+    (lambda m, e: hc.find_ticket(list, NAN), "sparsity", "nan"),
+    (lambda m, e: hc.find_ticket(list, 0.5), "make_trainer", "list"),
+    (lambda m, e: hc.find_ticket(list, 0.5, rounds=2.0), "rounds", "2.0"),
+    (lambda m, e: hc.find_ticket(list, 0.5, rewind_to="k"), "rewind_to", "'k'"),
+    (lambda m, e: hc.find_ticket(list, 0.5, controls="reinit"), "controls", "'reinit'"),
+    (lambda m, e: hc.find_ticket(list, heads="all"), "heads", "'all'"),
+    (lambda m, e: hc.Ticket(3), "masks", "3"),
+    (lambda m, e: hc.Ticket({"a": torch.ones(2)}), "'a'", "bool", "float32"),
+    (lambda m, e: hc.Ticket.load("/nowhere/at/all"), "/nowhere/at/all", "No such file"),
+    (lambda m, e: hc.LotteryTicketCallback(None), "ticket", "None"),
+    (lambda m, e: hc.LotteryTicketCallback(hc.Ticket({"a": torch.tensor([True])}), "random"), "control", "'random'"),
     (lambda m, e: hc.QuantizationCallback("int8"), "bits", "got 'int8'"),
     (lambda m, e: hc.QuantizationCallback(4, group_size=1), "group_size", "got 1"),
     (lambda m, e: hc.QuantizationCallback(8, embeddings="no"), "embeddings", "'no'"),
@@ -358,13 +370,14 @@ def test_what_would_change_is_seen():
 
 def test_every_public_name_is_called_wrongly():
     called = {name for call in (*(row[0] for row in CALLS), tune, distilling) for name in call.__code__.co_names}
-    # errors, what `discover` gives, and classes whose arguments are those of transformers
+    # errors, what `discover` and `find_ticket` give, and classes whose arguments are those of transformers
     not_called = {
         "CompressionError",
         "PushError",
         "RecipeError",
         "Structure",
         "ChannelGroup",
+        "FoundTicket",
         "Pruned",
         "CompressionTrainer",
         "DistillationMixin",
