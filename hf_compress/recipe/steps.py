@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from ..plan import Plan
 from ..planners import plan_depthwise, plan_low_rank, plan_quantization
 from ..pruning import plan_pruning
 from ..pruning.callback import PruningCallback
+from ..pruning.select import check_options, check_seed
 from ..quantization.callback import QuantizationCallback
 from ..surgery import apply_
 from .shares import check_share
@@ -184,12 +186,21 @@ def _check_prune(step: Step) -> None:
     if step.trains:
         if "calibration_samples" in step.options:
             raise CompressionError("calibration_samples scores without training, and this step trains; leave one of them out.")
+        early = [word for word in ("channels", "tune") if step.options.get(word)]
+        if early:
+            raise CompressionError(f"{early[0]} is a word of pruning without training: leave it, or epochs: and max_steps:, out.")
         PruningCallback(**step.own(PruningCallback))
         return
     late = sorted(CALLBACK_ONLY["prune"] & step.options.keys())
     if late:
         raise CompressionError(f"{late[0]} is a word of pruning while training: add epochs: or max_steps:, or leave it out.")
-    PruningCallback(**{k: v for k, v in step.own(plan_pruning).items() if k in words_of(PruningCallback)})
+    check_options(
+        **{
+            "heads": 0.0, "neurons": 0.0, "score": "taylor", "scope": "global", "round_to": 1, "uniform": False,
+            **{k: v for k, v in step.own(plan_pruning).items() if k not in ("seed", "tune")},
+        }
+    )  # fmt: skip
+    check_seed(step.options.get("seed", 0))
 
 
 def _rehearse_prune(step: Step, model: Any, setup: Setup) -> Any:
@@ -209,7 +220,7 @@ def _prune(step: Step, model: Any, stage: Stage) -> tuple[Any, Plan]:
     options = step.own(plan_pruning)
     if setup.name == "sentence-similarity":  # the loss is not the model's own
         labels = [batch.pop("labels") for batch in batches]
-        following = iter(labels)
+        following = cycle(labels)  # channels and heads take a pass each
 
         def loss_fn(outputs: Any, batch: Mapping[str, Any]) -> torch.Tensor:
             given = {**batch, "labels": next(following)}
