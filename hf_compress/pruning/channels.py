@@ -36,18 +36,24 @@ def plan_channels(
     """The channels that stay when a fraction of all that can go does, the lowest scores first.
 
     Magnitude is that of `scores.magnitude`, `sqrt(sum of w^2)`, over all weights that would be cut with a channel: rows of
-    what writes it, columns of what reads it (Li et al. 2017, for whole streams). Sets of channels of which some cannot go
-    are left alone. Under a convolution in groups, as many stay in each group.
+    what writes it, columns of what reads it (Li et al. 2017, for whole streams). For `taylor`, `gradient` and `activation` a
+    channel has a gate where a mask has one (`channels.Removal.gates`), over the inputs of everything that sums over it, and
+    what they say is added up (of activations: averaged). Sets of channels of which some cannot go are left alone. Under a
+    convolution in groups, as many stay in each group.
 
     Raises:
-        CompressionError: another score (those are measured on heads and neurons alone), or no channel can go.
+        CompressionError: `"fisher"` (a stream has many readers, so there is no one layer to arrange and to scale), no batches
+            for a score that needs them, or no channel can go.
     """
     how = SCORES[score]
-    if how.needs not in ("weight", "seed"):
+    if how.arrange is not None:
+        known = ", ".join(name for name in PLANNED if SCORES[name].arrange is None)
         raise CompressionError(
-            f"Channels are scored by 'magnitude' or 'random', not by {score!r}. Plan heads and neurons by {score!r} and "
-            "channels by 'magnitude', and add the plans up."
+            f"Channels are scored by {known}, not by {score!r}. Plan heads and neurons by {score!r} and channels by 'taylor', "
+            "and add the plans up."
         )
+    if how.needs in ("gradient", "activation") and batches is None:
+        raise CompressionError(f"score={score!r} is measured on data: pass batches, or use 'magnitude' or 'random'.")
     with probing(model, inputs) as run:
         labels = trace_channels(model, run)
     squares = _squares(model, labels) if how.needs == "weight" else None
