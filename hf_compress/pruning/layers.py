@@ -78,7 +78,9 @@ def plan_layers(
             f"layers is a number of layers to remove (1 or more) or the fraction of them, in (0, 1), got {shown(layers)}."
         )
     if not isinstance(score, str) or score not in LAYER_SCORES:
-        raise CompressionError(f"Unknown score {shown(score)}{nearest(score, list(LAYER_SCORES))} Known: {', '.join(LAYER_SCORES)}.")
+        raise CompressionError(
+            f"Unknown score {shown(score)}{nearest(score, list(LAYER_SCORES))} Known: {', '.join(LAYER_SCORES)}."
+        )
     if stack is not None and not isinstance(stack, str):
         raise CompressionError(f"stack is the name of a stack of layers, as discover(model) prints it, got {shown(stack)}.")
     check_seed(seed)

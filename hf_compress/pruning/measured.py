@@ -101,9 +101,7 @@ def derivatives(
     return {name: torch.cat(parts) for name, parts in rows.items()}
 
 
-def activations(
-    model: nn.Module, gates: Sequence[Gated], batches: Iterable[Mapping[str, Any]]
-) -> dict[str, torch.Tensor]:
+def activations(model: nn.Module, gates: Sequence[Gated], batches: Iterable[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
     """Of what gates would multiply, by `Gated.name`: the share that is not zero, and the mean magnitude, (2, units)."""
     sums = {gate.name: torch.zeros(2, gate.count) for gate in gates}
     counts = {gate.name: torch.zeros(gate.count) for gate in gates}
@@ -166,8 +164,6 @@ def _forward(model: nn.Module, batch: Mapping[str, Any]) -> Any:
         raise CompressionError(
             f"{type(model).__name__} does not run on a calibration batch ({', '.join(batch)}): {type(error).__name__}: {error}"
         ) from error
-
-
 
 
 def _on_device(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:

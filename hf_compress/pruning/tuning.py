@@ -120,7 +120,9 @@ def tuned(
     ]
     if len(able) < len(blocks):
         left = [block.name for block in blocks if block not in able]
-        logger.warning(f"Not tuned, without a Linear of their own at the end: {', '.join(left[:4])}{', ...' * (len(left) > 4)}.")
+        logger.warning(
+            f"Not tuned, without a Linear of their own at the end: {', '.join(left[:4])}{', ...' * (len(left) > 4)}."
+        )
     if not able:
         return plan
     calibration = Calibration(model, structure, able, batches)

@@ -188,7 +188,9 @@ def _check_prune(step: Step) -> None:
             raise CompressionError("calibration_samples scores without training, and this step trains; leave one of them out.")
         early = [word for word in ("channels", "tune") if step.options.get(word)]
         if early:
-            raise CompressionError(f"{early[0]} is a word of pruning without training: leave it, or epochs: and max_steps:, out.")
+            raise CompressionError(
+                f"{early[0]} is a word of pruning without training: leave it, or epochs: and max_steps:, out."
+            )
         PruningCallback(**step.own(PruningCallback))
         return
     late = sorted(CALLBACK_ONLY["prune"] & step.options.keys())
