@@ -44,7 +44,7 @@ from .masking import Mask
 from .measure import measure
 from .plan import Plan
 from .planners import plan_depthwise, plan_low_rank, plan_quantization
-from .pruning import plan_pruning
+from .pruning import plan_layers, plan_pruning
 from .pruning.callback import PruningCallback
 from .pruning.latency import LatencyTable
 from .pruning.lottery import LotteryTicketCallback
@@ -114,6 +114,7 @@ __all__ = [
     "measure",
     "plan_depthwise",
     "plan_experts",
+    "plan_layers",
     "plan_low_rank",
     "plan_pruning",
     "plan_quantization",

@@ -133,6 +133,15 @@ def patches(conv: Any, x: torch.Tensor) -> torch.Tensor:
     return x.movedim(1, -1).reshape(-1, torch.Size(conv.kernel_size).numel() * x.shape[1])
 
 
+def unlabelled(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
+    """A batch without its labels, with the decoder's inputs that the model makes of them when it is trained."""
+    found = {k: v for k, v in batch.items() if "label" not in str(k)}
+    shift = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+    if shift is not None and isinstance(batch.get("labels"), torch.Tensor) and "decoder_input_ids" not in batch:
+        found["decoder_input_ids"] = shift(labels=batch["labels"])
+    return found
+
+
 def run_batches(
     model: nn.Module,
     run: Callable[..., Any],
@@ -144,12 +153,14 @@ def run_batches(
     two_sided = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
     device = next(model.parameters()).device
     for batch in tqdm(batches, desc=what, unit="batch", leave=False, disable=None, delay=3):
-        batch = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items() if "label" not in str(k)}
+        batch = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in unlabelled(model, batch).items()}
         for side, key in (("encoder", ""), ("decoder", "decoder_" if two_sided else "")):
             found = batch.get(f"{key}attention_mask")
             masks[side] = found if isinstance(found, torch.Tensor) and found.ndim == 2 else None
         try:
             run(batch)
+        except CompressionError:  # of who looks on
+            raise
         except Exception as error:  # a model may refuse a batch in any way
             raise CompressionError(
                 f"{type(model).__name__} does not run on a batch ({', '.join(map(str, batch))}): "

@@ -109,7 +109,7 @@ def resolve(model: nn.Module, plan: Plan) -> Resolved:
             mixture.check(kept)
             result.experts[mixture.name] = kept
         elif isinstance(edit, KeepLayers):
-            path = _stack(edit.stack, result.structure)
+            path = stack_path(edit.stack, result.structure)
             now = result.layers.get(path, tuple(range(sum(x.path == path for x in result.structure.layers))))
             _in_range(edit.layers, len(now), f"KeepLayers(stack={edit.stack!r})", "layers")
             result.layers[path] = tuple(now[i] for i in edit.layers)
@@ -169,7 +169,7 @@ def _find(name: str, known: list[str], what: str, model: nn.Module, result: Reso
     )
 
 
-def _stack(name: str | None, structure: Structure) -> str:
+def stack_path(name: str | None, structure: Structure) -> str:
     stacks = {short: layers[0].path for short, layers in structure.stacks.items()}
     if not stacks:
         raise CompressionError("This model has no stack of layers that KeepLayers could cut; see discover(model).")

@@ -48,7 +48,7 @@ class PruningArguments:
 
     heads: float = field(default=0.5, metadata={"help": "Fraction of all attention heads to remove."})
     neurons: float = field(default=0.5, metadata={"help": "Fraction of all FFN neurons to remove."})
-    score: str = field(default="taylor", metadata={"help": f"How units are ranked: {', '.join(hc.pruning.SCORES)}."})
+    score: str = field(default="taylor", metadata={"help": f"How units are ranked: {', '.join(hc.pruning.TRAINED)}."})
     schedule: str = field(default="cubic", metadata={"help": "How sparsity grows: cubic, linear or one_shot."})
     start: float = field(default=0.1, metadata={"help": "When masking begins, as a fraction of the training."})
     end: float = field(default=0.5, metadata={"help": "When all that goes is masked; the rest heals."})

@@ -37,7 +37,7 @@ class Watch(T.TrainerCallback):
         self.seen[state.global_step] = self.look(model)
 
 
-@pytest.mark.parametrize("score", hc.pruning.SCORES)
+@pytest.mark.parametrize("score", hc.pruning.TRAINED)
 @pytest.mark.parametrize("schedule", hc.pruning.schedules.SCHEDULES)
 def test_masks_while_training_and_small_at_the_end(score, schedule, tmp_path):
     prune = callback(score=score, schedule=schedule, start=0.25, end=0.75)

@@ -36,7 +36,9 @@ def test_magnitudes_of_interleaved_projections():
         attention.query_key_value.weight.view(4, 48, 64)[2] = 0
         attention.dense.weight.view(64, 4, 16)[:, 2] *= 0.9
     structure = hc.discover(model)
-    scores = _measure(model, structure, list(structure.attentions), None, "magnitude", None, 0)["gpt_neox.layers.0.attention"]
+    scores = _measure(model, structure, list(structure.attentions), None, "magnitude", None, 0)[0][
+        "gpt_neox.layers.0.attention"
+    ]
     qkv, out = attention.query_key_value.weight.detach().view(4, -1), attention.dense.weight.detach().view(64, 4, 16)
     torch.testing.assert_close(scores, (qkv.square().sum(1) + out.square().sum((0, 2))).sqrt())
     assert hc.plan_pruning(model, heads=0.25, score="magnitude").edits[0].heads == (0, 1, 3)

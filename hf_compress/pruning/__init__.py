@@ -1,6 +1,7 @@
-"""Which heads and neurons matter, and plans that keep those."""
+"""Which heads, neurons and layers matter, and plans that keep those."""
 
+from .layers import plan_layers
 from .planner import plan_pruning
-from .scores import SCORES, Score
+from .scores import LAYER_SCORES, PLANNED, SCORES, TRAINED, Score
 
-__all__ = ["SCORES", "Score", "plan_pruning"]
+__all__ = ["LAYER_SCORES", "PLANNED", "SCORES", "TRAINED", "Score", "plan_layers", "plan_pruning"]

@@ -62,7 +62,8 @@ class PruningCallback(TrainerCallback, ExportableState):
     Args:
         heads (`float`, defaults to 0.0): the fraction of all heads to remove, in [0, 1).
         neurons (`float`, defaults to 0.0): the fraction of all FFN neurons to remove, in [0, 1).
-        score (`str`, defaults to `"taylor"`): see `plan_pruning`.
+        score (`str`, defaults to `"taylor"`): see `plan_pruning`, or `"movement"` (Sanh 2020): the sum over all steps so far of
+            `-w * dL/dw`, which `smoothing` does not touch. Not `"fisher"`.
         schedule (`str`, *optional*): `"cubic"` (Zhu & Gupta 2017, the default without a target), `"linear"`, `"one_shot"`, or
             with a target `"gradual"` (the default there): each stage makes the model faster by the same factor.
         start (`float`, defaults to 0.1): when masking begins, as a fraction of all steps (scores are collected before).
@@ -123,7 +124,7 @@ class PruningCallback(TrainerCallback, ExportableState):
         batches: Iterable[Mapping[str, Any]] | None = None,
         rows: int = 512,
     ) -> None:
-        check_options(heads, neurons, score, scope, round_to, uniform)
+        check_options(heads, neurons, score, scope, round_to, uniform, training=True)
         targets = {"speedup": speedup, "macs": macs, "parameters": parameters, "bytes": bytes}
         aims = any(value is not None for value in targets.values())
         if aims:

@@ -1,19 +1,22 @@
-"""Which channels to keep: by the weights that go with each, or at random."""
+"""Which channels to keep: by the weights that go with each, by what a gate on each would do, or at random."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 
 from ..channel_labels import Labels
-from ..channels import ChannelGroup, groups_of, trace_channels
+from ..channels import SEPARABLES, ChannelGroup, groups_of, trace_channels
 from ..edits import CompressionError, KeepChannels
+from ..modules import can_gate
 from ..probe import probing
-from .scores import SCORES
+from .measured import Gated, LossFn, activations, derivatives
+from .scores import PLANNED, SCORES
 from .select import select, warn_if_off
 
 
@@ -27,25 +30,34 @@ def plan_channels(
     round_to: int = 1,
     seed: int = 0,
     inputs: Mapping[str, Any] | None = None,
+    batches: Iterable[Mapping[str, Any]] | None = None,
+    loss_fn: LossFn | None = None,
 ) -> list[KeepChannels]:
     """The channels that stay when a fraction of all that can go does, the lowest scores first.
 
     Magnitude is that of `scores.magnitude`, `sqrt(sum of w^2)`, over all weights that would be cut with a channel: rows of
-    what writes it, columns of what reads it (Li et al. 2017, for whole streams). Sets of channels of which some cannot go
-    are left alone. Under a convolution in groups, as many stay in each group.
+    what writes it, columns of what reads it (Li et al. 2017, for whole streams). For `taylor`, `gradient` and `activation` a
+    channel has a gate where a mask has one (`channels.Removal.gates`), over the inputs of everything that sums over it, and
+    what they say is added up (of activations: averaged). Sets of channels of which some cannot go are left alone. Under a
+    convolution in groups, as many stay in each group.
 
     Raises:
-        CompressionError: another score (those are measured on heads and neurons alone), or no channel can go.
+        CompressionError: `"fisher"` (a stream has many readers, so there is no one layer to arrange and to scale), no batches
+            for a score that needs them, or no channel can go.
     """
     how = SCORES[score]
-    if how.needs not in ("weight", "seed"):
+    if how.arrange is not None:
+        known = ", ".join(name for name in PLANNED if SCORES[name].arrange is None)
         raise CompressionError(
-            f"Channels are scored by 'magnitude' or 'random', not by {score!r}. Plan heads and neurons by {score!r} and "
-            "channels by 'magnitude', and add the plans up."
+            f"Channels are scored by {known}, not by {score!r}. Plan heads and neurons by {score!r} and channels by 'taylor', "
+            "and add the plans up."
         )
+    if how.needs in ("gradient", "activation") and batches is None:
+        raise CompressionError(f"score={score!r} is measured on data: pass batches, or use 'magnitude' or 'random'.")
     with probing(model, inputs) as run:
         labels = trace_channels(model, run)
     squares = _squares(model, labels) if how.needs == "weight" else None
+    numbers: dict[str, int] = {}
     scores: dict[str, torch.Tensor] = {}
     units: dict[str, np.ndarray] = {}  # the roots of a set, each once
     rows: dict[str, np.ndarray] = {}
@@ -57,13 +69,18 @@ def plan_channels(
         cell = _cells(labels, found)
         if not _can_go(group, found, cell) or any(np.isin(found, other).any() for other in units.values()):
             continue
-        units[group.name], rows[group.name], cells[group.name] = found, roots, cell
-        values = how.reduce(
-            squares[torch.from_numpy(found)] if squares is not None else len(found), **_seeded(how, seed, number)
-        )
-        scores[group.name] = how.per_layer(values)
-    if not scores:
+        units[group.name], rows[group.name], cells[group.name], numbers[group.name] = found, roots, cell, number
+    if not units:
         raise CompressionError(f"{type(model).__name__} has no channels that can be cut; see channel_groups(model).")
+    measured = _measured(model, labels, units, batches, score, loss_fn) if how.needs in ("gradient", "activation") else {}
+    for name, found in units.items():
+        if how.needs == "seed":
+            values = how.reduce(len(found), seed=seed * 100_003 + numbers[name])
+        else:
+            values = how.reduce(measured[name] if squares is None else squares[torch.from_numpy(found)])
+        if not bool(torch.isfinite(values).all()):
+            raise CompressionError(f"The scores of {name!r} are not finite; the weights or the batches hold NaN or infinity.")
+        scores[name] = how.per_layer(values)
     kept = select(scores, fraction, scope=scope, uniform=uniform, round_to=round_to)
     for name, chosen in kept.items():
         kept[name] = _as_many_in_each(scores[name], cells[name], len(chosen)) if cells[name].max() else chosen
@@ -75,8 +92,34 @@ def plan_channels(
     ]
 
 
-def _seeded(how: Any, seed: int, number: int) -> dict[str, int]:
-    return {"seed": seed * 100_003 + number} if how.needs == "seed" else {}
+def _measured(
+    model: nn.Module,
+    labels: Labels,
+    units: Mapping[str, np.ndarray],
+    batches: Any,
+    score: str,
+    loss_fn: LossFn | None,
+) -> dict[str, torch.Tensor]:
+    """What gates on the channels of each set say: `measured.derivatives` or `measured.activations`, (..., units)."""
+    place = {root: i for i, root in enumerate(np.concatenate(list(units.values())).tolist())}
+    gates = []
+    for block in labels.reads.values():
+        module: Any = model.get_submodule(block.module)
+        reads = np.arange(block.start, block.start + block.size)
+        if isinstance(module, SEPARABLES):  # what it sums over are kernels of its own, several an input
+            reads = labels.range_of(block.module, "weight_depth", 0)[:: module.multiplier]  # type: ignore[index]
+        owner = torch.tensor([place.get(root, -1) for root in labels.find(reads).tolist()])
+        if bool((owner >= 0).any()):
+            if not can_gate(module):
+                raise CompressionError(
+                    f"{block.module!r} ({type(module).__name__}) reads channels and is no plain convolution or Linear, so "
+                    f"score={score!r} cannot be seen there. Use 'magnitude' or 'random'."
+                )
+            gates.append(Gated(block.module, owner, len(place), "channels", 1 if isinstance(module, _ConvNd) else -1))
+    found = derivatives(model, gates, batches, loss_fn, score) if SCORES[score].needs == "gradient" else None
+    found = activations(model, gates, batches) if found is None else found
+    parts = found["channels"].split([len(roots) for roots in units.values()], dim=-1)
+    return dict(zip(units, parts, strict=True))
 
 
 def _can_go(group: ChannelGroup, units: np.ndarray, cell: np.ndarray) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from ..plan import Plan
 from .calibrate import Calibration, weights
 from .select import heads_of, units_of
 from .sensitivity import sensitivities
-from .surgeon import Regression, removals
+from .surgeon import Moments, Regression, removals
 
 logger = logging.get_logger(__name__)
 
@@ -78,48 +78,62 @@ def losses_of(calibration: Calibration, damping: float = DAMPING) -> dict[str, C
     return curves(calibration, damping, scales)
 
 
+# (block, what enters its projection beside what should leave it) -> units that stay, weights on their columns, bias
+Solve = Callable[[Block, Moments], tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]
+
+
 def compensated(calibration: Calibration, sizes: Mapping[str, int], damping: float = DAMPING) -> tuple[Plan, dict[str, float]]:
     """The plan that leaves each block so many units, with the weights of its projections.
-
-    Layers in order: what later ones are calibrated on is the model as it is cut by then.
 
     Returns:
         (the plan, by block the share of its output's variance that is lost).
     """
+    lost: dict[str, float] = {}
+
+    def solve(block: Block, moments: Moments) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        module: Any = calibration.modules[block.out]
+        regression = Regression(moments, dense_weight(module), getattr(module, "bias", None), damping)
+        units = units_of(block)
+        order, errors = removals(regression, units)
+        kept = order[len(order) - sizes[block.name] :].sort().values
+        lost[block.name] = float(errors[len(order) - sizes[block.name]] / errors[-1].clamp_min(1e-12))
+        return kept, *regression.solve(torch.isin(units, kept).nonzero().flatten())
+
+    return layer_by_layer(calibration, sizes, solve, "prune"), lost
+
+
+def layer_by_layer(calibration: Calibration, names: Container[str], solve: Solve, what: str) -> Plan:
+    """The plan of what `solve` leaves of these blocks, with their new weights.
+
+    Layers in order: what later ones are calibrated on is the model as it is cut by then.
+    """
     model, new = calibration.model, {}
     edits: dict[str, KeepHeads | KeepNeurons] = {}
     tensors: dict[str, torch.Tensor] = {}
-    lost: dict[str, float] = {}
-    for segment in tqdm(calibration.segments, desc="prune", unit="layer", leave=False, disable=None, delay=3):
+    for segment in tqdm(calibration.segments, desc=what, unit="layer", leave=False, disable=None, delay=3):
         calibration.begin(segment, False)
         with weights(model, new):
             calibration.begin(segment, True) if new else calibration.share(segment)
-        mine = [block for block in segment.blocks if block.name in sizes]
+        mine = [block for block in segment.blocks if block.name in names]
         for group in [mine] if segment.path else [[block] for block in mine]:
             targets = calibration.targets(segment, group)
             for block in group:
                 with weights(model, new):
                     moments = calibration.regression(segment, block, targets.pop(block.name))
+                kept, weight, shift = solve(block, moments)
                 module: Any = calibration.modules[block.out]
-                bias = getattr(module, "bias", None)
-                regression = Regression(moments, dense_weight(module), bias, damping)
-                units = units_of(block)
-                order, errors = removals(regression, units)
-                kept = order[len(order) - sizes[block.name] :].sort().values
-                columns = torch.isin(units, kept).nonzero().flatten()
-                weight, shift = regression.solve(columns)
-                lost[block.name] = float(errors[len(order) - sizes[block.name]] / errors[-1].clamp_min(1e-12))
+                columns = torch.isin(units_of(block), kept).nonzero().flatten()
                 full = torch.zeros_like(dense_weight(module))
                 full[:, columns.to(full.device)] = weight.to(full)
                 new[block.out] = (full, None if shift is None else shift.to(full))
                 edits[block.name] = _edit(block, kept)
-                names = names_given(edits[block.name])
-                tensors[names[0]] = weight.to(full).cpu()
+                given = names_given(edits[block.name])
+                tensors[given[0]] = weight.to(full).cpu()
                 if shift is not None:
-                    tensors[names[1]] = shift.to(full).cpu()
+                    tensors[given[1]] = shift.to(full).cpu()
         with weights(model, new):
             calibration.advance(segment)
-    return Plan([edits[block.name] for block in calibration.blocks if block.name in edits], tensors), lost
+    return Plan([edits[block.name] for block in calibration.blocks if block.name in edits], tensors)
 
 
 def _edit(block: Block, kept: torch.Tensor) -> KeepHeads | KeepNeurons:

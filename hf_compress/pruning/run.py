@@ -198,7 +198,12 @@ class PruningRun:
             if not bool(torch.isfinite(now).all()):
                 continue  # a skipped step of mixed precision
             old = self.scores.get(block.name)
-            self.scores[block.name] = now if old is None else old.mul_(past).add_(now, alpha=1 - past)
+            if old is None:
+                self.scores[block.name] = now
+            elif self.how.sums:
+                old.add_(now)
+            else:
+                old.mul_(past).add_(now, alpha=1 - past)
 
     @staticmethod
     def _summed(statistics: torch.Tensor) -> torch.Tensor:

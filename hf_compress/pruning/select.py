@@ -15,7 +15,7 @@ from ..discover import Attention, Part, Structure, nearest, owners
 from ..edits import CompressionError, KeepHeads, KeepNeurons
 from ..modules import dense_weight, is_gated
 from ..plan import Plan
-from .scores import SCORES
+from .scores import PLANNED, SCORES, TRAINED
 
 logger = logging.get_logger(__name__)
 
@@ -34,14 +34,31 @@ def nothing_to_choose(model: nn.Module, structure: Structure, what: str) -> str:
 
 
 def check_options(
-    heads: float, neurons: float, score: str, scope: str, round_to: int, uniform: bool, channels: float = 0.0
+    heads: float,
+    neurons: float,
+    score: str,
+    scope: str,
+    round_to: int,
+    uniform: bool,
+    channels: float = 0.0,
+    training: bool = False,
 ) -> None:
-    """Refuse options that mean nothing, with what is allowed."""
+    """Refuse options that mean nothing, with what is allowed; `training`: those of a `PruningCallback`."""
     for name, value in (("heads", heads), ("neurons", neurons), ("channels", channels)):
         if not isinstance(value, numbers.Real) or isinstance(value, bool) or not 0 <= value < 1:
             raise CompressionError(f"{name} is the fraction to remove and must lie in [0, 1), got {value!r}.")
     if not isinstance(score, str) or score not in SCORES:
         raise CompressionError(f"Unknown score {score!r}{nearest(score, list(SCORES))} Known: {', '.join(SCORES)}.")
+    if training and score not in TRAINED:
+        raise CompressionError(
+            f"score={score!r} chooses and scales what stays where no training follows: use plan_pruning, or here one of "
+            f"{', '.join(TRAINED)} ('taylor' is its diagonal)."
+        )
+    if not training and score not in PLANNED:
+        raise CompressionError(
+            f"score={score!r} is learned while training: use PruningCallback(score={score!r}), or here one of "
+            f"{', '.join(PLANNED)}."
+        )
     if scope not in SCOPES:
         raise CompressionError(f"scope must be 'global' (rank all layers together) or 'layer' (each alone), got {scope!r}.")
     if not isinstance(uniform, bool):

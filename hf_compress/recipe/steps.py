@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from ..planners import plan_depthwise, plan_low_rank, plan_quantization
 from ..pruning import plan_pruning
 from ..pruning.callback import PruningCallback
 from ..pruning.prices import blocks_for
-from ..pruning.select import trial_plan
+from ..pruning.select import check_options, check_seed, trial_plan
 from ..pruning.staged import TARGETS
 from ..pruning.target import prune_to
 from ..quantization.callback import QuantizationCallback
@@ -191,6 +192,11 @@ def _check_prune(step: Step) -> None:
     if step.trains:
         if "calibration_samples" in step.options:
             raise CompressionError("calibration_samples scores without training, and this step trains; leave one of them out.")
+        early = [word for word in ("channels", "tune") if step.options.get(word)]
+        if early:
+            raise CompressionError(
+                f"{early[0]} is a word of pruning without training: leave it, or epochs: and max_steps:, out."
+            )
         PruningCallback(**step.own(PruningCallback))
         return
     late = sorted(CALLBACK_ONLY["prune"] & step.options.keys())
@@ -200,7 +206,15 @@ def _check_prune(step: Step) -> None:
         idle = sorted(step.own(plan_pruning).keys() - {"heads", "neurons"})
         if idle:
             raise CompressionError(f"{idle[0]} would do nothing with {next(iter(aims))}: leave it out.")
-    PruningCallback(**aims, **{k: v for k, v in step.own(plan_pruning).items() if k in words_of(PruningCallback)})
+        PruningCallback(**aims, **step.own(plan_pruning))
+        return
+    check_options(
+        **{
+            "heads": 0.0, "neurons": 0.0, "score": "taylor", "scope": "global", "round_to": 1, "uniform": False,
+            **{k: v for k, v in step.own(plan_pruning).items() if k not in ("seed", "tune")},
+        }
+    )  # fmt: skip
+    check_seed(step.options.get("seed", 0))
 
 
 def _targets(step: Step) -> dict[str, float]:
@@ -239,7 +253,7 @@ def _prune(step: Step, model: Any, stage: Stage) -> tuple[Any, Plan]:
     options = step.own(plan_pruning)
     if setup.name == "sentence-similarity":  # the loss is not the model's own
         labels = [batch.pop("labels") for batch in batches]
-        following = iter(labels)
+        following = cycle(labels)  # channels and heads take a pass each
 
         def loss_fn(outputs: Any, batch: Mapping[str, Any]) -> torch.Tensor:
             given = {**batch, "labels": next(following)}
