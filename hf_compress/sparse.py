@@ -201,7 +201,7 @@ def sparse_(module: Any, kept: int, shape: str, pattern: str | None = None) -> N
     """
     reason = not_sparsifiable(module)
     sizes = tuple(int(n) for n in shape.split()) if isinstance(shape, str) and shape.replace(" ", "").isdecimal() else ()
-    weight = module._parameters.get("weight")
+    weight: Any = module._parameters.get("weight")
     if reason is None and (
         weight is None
         or len(sizes) != weight.ndim
@@ -243,7 +243,7 @@ def sparsify_(module: Any, mask: torch.Tensor, values: torch.Tensor | None = Non
     ```
     """
     reason = not_sparsifiable(module)
-    weight = module._parameters.get("weight")
+    weight: Any = module._parameters.get("weight")
     if reason is None and (weight is None or mask.shape != weight.shape or mask.dtype != torch.bool):
         reason = (
             f"the mask is {mask.dtype} {tuple(mask.shape)}, and the weight {None if weight is None else tuple(weight.shape)}"
