@@ -76,8 +76,9 @@ def _become_sparse(module: Any, edit: Sparsify, given: dict[str, torch.Tensor] |
     weight, group = module.weight, read_pattern(edit.pattern)
     rows = matrix_of(module, weight.detach())
     if given is None:
-        scores = {edit.module: rows.abs()}
-        mask = from_matrix(module, choose_masks(scores, edit.sparsity, "row", edit.pattern)[edit.module], weight.shape)
+        assert edit.sparsity is not None
+        chosen = choose_masks({edit.module: rows.abs()}, edit.sparsity, "row", edit.pattern)[edit.module]
+        mask = from_matrix(module, chosen, weight.shape)
     else:
         bits = given[MASK]
         if bits.dtype != torch.uint8 or tuple(bits.shape) != (-(-weight.numel() // 8),):

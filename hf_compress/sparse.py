@@ -201,7 +201,7 @@ def sparse_(module: Any, kept: int, shape: str, pattern: str | None = None) -> N
     """
     reason = not_sparsifiable(module)
     sizes = tuple(int(n) for n in shape.split()) if isinstance(shape, str) and shape.replace(" ", "").isdecimal() else ()
-    weight = module._parameters.get("weight")
+    weight: Any = module._parameters.get("weight")
     if reason is None and (
         weight is None
         or len(sizes) != weight.ndim
@@ -212,6 +212,7 @@ def sparse_(module: Any, kept: int, shape: str, pattern: str | None = None) -> N
         reason = f"its weight cannot have {shown(kept)} of the weights of a shape of {shown(shape)}"
     if reason is not None:
         raise CompressionError(f"No weights of a {type(module).__name__} can be held at zero: {reason}.")
+    assert weight is not None
     read_pattern(pattern)
     new = nn.Parameter(torch.empty(kept, dtype=weight.dtype, device=weight.device), requires_grad=weight.requires_grad)
     bits = torch.empty(-(-torch.Size(sizes).numel() // 8) + SEAL, dtype=torch.uint8, device=weight.device)
@@ -243,7 +244,7 @@ def sparsify_(module: Any, mask: torch.Tensor, values: torch.Tensor | None = Non
     ```
     """
     reason = not_sparsifiable(module)
-    weight = module._parameters.get("weight")
+    weight: Any = module._parameters.get("weight")
     if reason is None and (weight is None or mask.shape != weight.shape or mask.dtype != torch.bool):
         reason = (
             f"the mask is {mask.dtype} {tuple(mask.shape)}, and the weight {None if weight is None else tuple(weight.shape)}"
@@ -253,6 +254,7 @@ def sparsify_(module: Any, mask: torch.Tensor, values: torch.Tensor | None = Non
         reason = f"the mask keeps {kept} weights" + ("" if values is None else f" for {tuple(values.shape)} values")
     if reason is not None:
         raise CompressionError(f"No weights of this {type(module).__name__} can be held at zero: {reason}.")
+    assert weight is not None
     mask = mask.to(weight.device)
     with torch.inference_mode(False), torch.no_grad():
         dense = weight.detach().masked_fill(~mask, 0)

@@ -29,6 +29,7 @@ STEPS = {
     "prune": lambda model: random_plan(model, ("heads", "neurons")),
     "layers": lambda model: hc.Plan([hc.KeepLayers([0, 2])]),
     "low rank": lambda model: hc.plan_low_rank(model, ratio=0.6),
+    "sparse": lambda model: hc.plan_sparsity(model, sparsity=0.5),
     "int8": lambda model: hc.plan_quantization(model, bits=8),
     "int4": lambda model: hc.plan_quantization(model, bits=4, group_size=16),
     "exits": lambda model: hc.Plan([hc.AddExits([0], threshold=0.6)]),
@@ -44,6 +45,7 @@ ORDERS = [
     ("low rank", "layers", "int8", "exits"),
     ("int8", "layers", "exits"),
     ("layers", "exits", "prune"),
+    ("prune", "sparse", "layers", "int8", "exits"),
 ]
 
 
@@ -87,6 +89,9 @@ SENSELESS = [
     ("int8", "low rank", "no Linear or Conv1D|quantized"),
     ("int8", "int4", "quantized already"),
     ("low rank", "low rank", "no Linear or Conv1D|low-rank already"),
+    ("sparse", "prune", "Cut first, then Sparsify"),
+    ("sparse", "low rank", "no Linear or Conv1D"),
+    ("int8", "sparse", "no Linear|not a plain Linear|quantized"),
     ("exits", "layers", "remove layers first"),
     ("exits", "exits", "has exits already"),
 ]
