@@ -21,7 +21,7 @@ from .edits import CompressionError
 from .memory import give_back
 from .probe import difference, tensors_in, tolerance
 from .refusals import Unreached
-from .structural import Dropped, built_alike, copy_of, finder_in, named_in, outputs_of, prove_structure, signature
+from .structural import Dropped, built_alike, copy_of, finder_in, named_in, outputs_of, prove_structure, shared, signature
 from .unreached import Call, Fresh, empty, reached, ways
 
 
@@ -118,7 +118,7 @@ def _prove(
         group = [cut for cut in group if cut.block.name in proved]
 
         def replaced() -> Any:
-            double = copy_of(module)
+            double = copy_of(module, shared(module))  # slicing makes new weights, as many as stay
             for cut in group:
                 cut_(finder_in(double, scope), cut, proved[cut.block.name], Dropped())
             after = torch.get_rng_state()
