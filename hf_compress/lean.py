@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -45,8 +45,13 @@ class Lean(TorchFunctionMode):
     """While it is on, weights in bfloat16 count as float32: they are multiplied by in float32, and say that they are.
 
     What is computed is what a copy in float32 with the same numbers computes, up to the order of sums: bfloat16 says which
-    numbers can be drawn, not how they are multiplied. No weight is ever whole in float32, and none gets a gradient as large as
-    itself: where it would be zero is found slab by slab, and told to `weight.hfc_silent`, if the weight has one.
+    numbers can be drawn, not how they are multiplied. No weight is ever whole in float32, and none gets a gradient. That would be,
+    for inputs `x` and the gradient `g` of the outputs, over all tokens `t`,
+
+        dL/dw_ij = sum_t g_ti x_tj
+
+    and its row `i` is zero, but for terms that happen to cancel, where no `t` has `g_ti` and some `x_tj` that are not; a column
+    likewise. Which are is told to `weight.hfc_silent`, if the weight has one.
 
     Whatever else is asked of such a weight raises `NotLean`; the copy is then made in float32.
 
@@ -112,30 +117,47 @@ class _Product(torch.autograd.Function):
         ctx.save_for_backward(x, weight)
         ctx.last, ctx.note = last, getattr(weight, "hfc_silent", None)
         flat = x.reshape(-1, x.shape[-1])
-        out = flat.new_zeros(len(flat), weight.shape[1 if last else 0])
-        for rows, slab in slabs(weight):
-            if last:
-                out.addmm_(flat[:, rows], slab.float())
-            else:
-                torch.mm(flat, slab.float().T, out=out[:, rows])
+        out = _down(flat, weight) if last else _across(flat, weight)
         return out.view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, None, None]:
         x, weight = ctx.saved_tensors
         flat, above = x.reshape(-1, x.shape[-1]), grads[0].reshape(-1, grads[0].shape[-1])
-        below = torch.zeros_like(flat) if ctx.needs_input_grad[0] else None
-        looks = ctx.needs_input_grad[1] and ctx.note is not None
-        silent = [torch.ones(size, dtype=torch.bool, device=weight.device) for size in weight.shape]
-        for rows, slab in slabs(weight.detach()):
-            if below is not None and ctx.last:
-                below[:, rows] = above @ slab.float().T
-            elif below is not None:
-                below.addmm_(above[:, rows], slab.float())
-            if looks:
-                zero = (flat[:, rows].T @ above if ctx.last else above[:, rows].T @ flat) == 0
-                silent[0][rows] = zero.all(1)
-                silent[1] &= zero.all(0)
-        if looks:
-            ctx.note(silent)
-        return None if below is None else below.view(x.shape), None, None
+        if ctx.needs_input_grad[1] and ctx.note is not None:
+            ins, outs = _silent(flat, above), _silent(above, flat)
+            ctx.note([ins, outs] if ctx.last else [outs, ins])
+        if not ctx.needs_input_grad[0]:
+            return None, None, None
+        below = _across(above, weight) if ctx.last else _down(above, weight)
+        return below.view(x.shape), None, None
+
+
+def _across(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """`x @ weight.T`"""
+    out = x.new_empty(len(weight), len(x))
+    for rows, slab in _in_float(weight):
+        torch.mm(slab, x.T, out=out[rows])
+    return out.T.contiguous()
+
+
+def _down(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """`x @ weight`"""
+    out = x.new_zeros(len(x), weight.shape[1])
+    for rows, slab in _in_float(weight):
+        out.addmm_(x[:, rows], slab)
+    return out
+
+
+def _in_float(weight: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
+    """The slabs of a weight in float32, each in the place of the one before."""
+    place: torch.Tensor | None = None
+    for rows, slab in slabs(weight.detach()):
+        place = torch.empty(slab.shape, device=slab.device) if place is None else place
+        yield rows, place[: len(slab)].copy_(slab)
+
+
+def _silent(some: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+    """The columns `i` of `some` for which `some[t, i] * others[t, j] == 0`, whatever `t` and `j`."""
+    met = (others != 0).any(1)
+    return ~(some[met] != 0).any(0)

@@ -43,7 +43,8 @@ def prove(model: nn.Module, cuts: list[Cut], run: Callable[[], list[Any]], maske
     training uses) is proved in the same two steps by itself, as much around it as runs on inputs made for it
     (`unreached.ways`): the transformers model that holds it, or the block alone. What is around it is then not compared.
 
-    Memory: the model, and one copy of one block in float32 with one of its tensors once more. Where the inputs come from is
+    Memory: the model, and one copy of one block whose large Linears are in bfloat16 (`lean.Lean`; another block in float32, with
+    one of its tensors once more); then what stays of the block. Where the inputs come from is
     `apply_`'s affair.
 
     Args:
@@ -110,11 +111,12 @@ def _prove(
         more.extend([scope] if len(outputs_of(output, True)) > 1 else [])
         for cut in group:
             if cut.block.name not in proved:
+                give_back()
                 with suppress(Unreached):  # a part of the module that these inputs do not reach
                     proved[cut.block.name], alike = prove_structure(modules, scope, group, cut, args, kwargs, known, every)
                     taken.update([cut.block.name] if alike else [])
                     progress.update()
-                give_back()
+        give_back()  # what the masked module has made
         group = [cut for cut in group if cut.block.name in proved]
 
         def replaced() -> Any:
