@@ -45,8 +45,8 @@ class Lean(TorchFunctionMode):
     """While it is on, weights in bfloat16 count as float32: they are multiplied by in float32, and say that they are.
 
     What is computed is what a copy in float32 with the same numbers computes, up to the order of sums: bfloat16 says which
-    numbers can be drawn, not how they are multiplied. No weight is ever whole in float32, and none gets a gradient. That would be,
-    for inputs `x` and the gradient `g` of the outputs, over all tokens `t`,
+    numbers can be drawn, not how they are multiplied. No weight is ever whole in float32, and none gets a gradient. That
+    would be, for inputs `x` and the gradient `g` of the outputs, over all tokens `t`,
 
         dL/dw_ij = sum_t g_ti x_tj
 

@@ -43,9 +43,9 @@ def prove(model: nn.Module, cuts: list[Cut], run: Callable[[], list[Any]], maske
     training uses) is proved in the same two steps by itself, as much around it as runs on inputs made for it
     (`unreached.ways`): the transformers model that holds it, or the block alone. What is around it is then not compared.
 
-    Memory: the model, and one copy of one block whose large Linears are in bfloat16 (`lean.Lean`; another block in float32, with
-    one of its tensors once more); then what stays of the block. Where the inputs come from is
-    `apply_`'s affair.
+    Memory: the model, and one copy of one block whose large Linears are in bfloat16 (`lean.Lean`; what is not lean in
+    float32, with one of its tensors once more); then what stays of the block. Where the inputs come from is `apply_`'s
+    affair.
 
     Args:
         model: the model, dense where it will be cut.

@@ -113,8 +113,8 @@ def prove_structure(
 ) -> tuple[Variant, bool]:
     """What belongs to the units of one block, and the first guess under which cut and mask agree whatever the weights are.
 
-    The copy is a lean one where it can be (`lean.Lean`): half the memory or less, and the same products in float32. What does not
-    hold there, or does not run, is tried in float32 altogether, and that decides.
+    The copy is a lean one where it can be (`lean.Lean`): half the memory or less, and the same products in float32. What
+    does not hold there, or does not run, is tried in float32 altogether, and that decides.
 
     Returns:
         that guess, and whether it was proved on another block that is built alike.
