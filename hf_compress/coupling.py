@@ -192,15 +192,21 @@ def _note(leaf: torch.Tensor, where: tuple[str, str], seen: dict[Place, torch.Te
     places: list[Place] = [(*where, dim) for dim in range(leaf.ndim) if leaf.shape[dim] > 1]
 
     def note(leaf: torch.Tensor) -> None:
-        assert leaf.grad is not None
+        if leaf.grad is None:  # a product of a lean copy, which has told where it would be zero
+            return
         zero = leaf.grad == 0
         leaf.grad = None
+        others = [[d for d in range(zero.ndim) if d != dim] for dim in range(zero.ndim)]
+        note_rows([zero.all(dim=dims) if dims else zero for dims in others])
+
+    def note_rows(silent: list[torch.Tensor]) -> None:
         for place in places:
-            others = [d for d in range(zero.ndim) if d != place[2]]
-            rows = zero.all(dim=others) if others else zero
+            rows = silent[place[2]]
             seen[place] = seen[place] & rows if place in seen else rows
 
     stack.callback(leaf.register_post_accumulate_grad_hook(note).remove)
+    leaf.hfc_silent = note_rows  # type: ignore[attr-defined]  # a weight of a lean copy gets no gradient
+    stack.callback(delattr, leaf, "hfc_silent")
     return {place: leaf.shape[place[2]] for place in places}
 
 

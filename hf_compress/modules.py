@@ -219,10 +219,13 @@ def can_gate(module: nn.Module) -> bool:
     return isinstance(module, _ConvNd | nn.Linear) or type(module) in GATED or is_gated(module)
 
 
-def gate_(linear: nn.Module, track: bool = False, consumer: tuple[str, int] | None = None) -> torch.Tensor:
+def gate_(
+    linear: nn.Module, track: bool = False, consumer: tuple[str, int] | None = None, by_input: bool = False
+) -> torch.Tensor:
     """Give a projection a gate of ones over its inputs (or return the one it has), to be changed in place.
 
     `consumer`: of a module that is no projection, the parameter that reads the units and the dimension along which they lie.
+    `by_input`: the gate multiplies what comes in, whatever the class: no second weight is made.
     """
     if consumer is not None and not is_gated(linear):
         name, dim = consumer
@@ -232,7 +235,7 @@ def gate_(linear: nn.Module, track: bool = False, consumer: tuple[str, int] | No
         linear.register_buffer("hfc_gate", torch.ones(weight.shape[dim], device=weight.device), persistent=False)
         linear.register_buffer("hfc_active", None, persistent=False)
     if can_gate(linear) and not is_gated(linear):
-        linear.__class__ = GATED.get(type(linear)) or _gated_by_input(type(linear))
+        linear.__class__ = (None if by_input else GATED.get(type(linear))) or _gated_by_input(type(linear))
         assert isinstance(linear.weight, torch.Tensor)
         ones = torch.ones(width(linear, 1), dtype=torch.float32, device=linear.weight.device)
         linear.register_buffer("hfc_gate", ones, persistent=False)

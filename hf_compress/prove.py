@@ -21,7 +21,7 @@ from .edits import CompressionError
 from .memory import give_back
 from .probe import difference, tensors_in, tolerance
 from .refusals import Unreached
-from .structural import Dropped, built_alike, copy_of, finder_in, named_in, outputs_of, prove_structure, signature
+from .structural import Dropped, built_alike, copy_of, finder_in, named_in, outputs_of, prove_structure, shared, signature
 from .unreached import Call, Fresh, empty, reached, ways
 
 
@@ -43,8 +43,9 @@ def prove(model: nn.Module, cuts: list[Cut], run: Callable[[], list[Any]], maske
     training uses) is proved in the same two steps by itself, as much around it as runs on inputs made for it
     (`unreached.ways`): the transformers model that holds it, or the block alone. What is around it is then not compared.
 
-    Memory: the model, and one copy of one block in float32 with one of its tensors once more. Where the inputs come from is
-    `apply_`'s affair.
+    Memory: the model, and one copy of one block whose large Linears are in bfloat16 (`lean.Lean`; what is not lean in
+    float32, with one of its tensors once more); then what stays of the block. Where the inputs come from is `apply_`'s
+    affair.
 
     Args:
         model: the model, dense where it will be cut.
@@ -110,15 +111,16 @@ def _prove(
         more.extend([scope] if len(outputs_of(output, True)) > 1 else [])
         for cut in group:
             if cut.block.name not in proved:
+                give_back()
                 with suppress(Unreached):  # a part of the module that these inputs do not reach
                     proved[cut.block.name], alike = prove_structure(modules, scope, group, cut, args, kwargs, known, every)
                     taken.update([cut.block.name] if alike else [])
                     progress.update()
-                give_back()
+        give_back()  # what the masked module has made
         group = [cut for cut in group if cut.block.name in proved]
 
         def replaced() -> Any:
-            double = copy_of(module)
+            double = copy_of(module, shared(module))  # slicing makes new weights, as many as stay
             for cut in group:
                 cut_(finder_in(double, scope), cut, proved[cut.block.name], Dropped())
             after = torch.get_rng_state()

@@ -45,7 +45,7 @@ def apply_to_folder(
     are mapped from the files and read where they are used: by the proof, which runs the model on its real weights one module
     after the other, and by the cut. What is made anew (rows that stay, integers, experts that transformers merges when it
     loads) goes to files without a name in `out`, at most as much as the model has. So the memory that is needed is that of
-    the proof, some copies of one block in float32, or of one shard while it is written, whichever is more.
+    the proof, a copy of one block, or of one shard while it is written, whichever is more.
 
     Args:
         folder (path): what `save_pretrained` wrote: a `config.json` and safetensors files, in shards or not, compressed or not.

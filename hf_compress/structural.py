@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -17,16 +19,17 @@ from .coupling import ARGUMENT, SHARED, coupled
 from .cutting import INDEX, Block, Cut, Variant, cut_, unit_columns, variants
 from .discover import Attention, Part
 from .edits import CompressionError
-from .memory import give_back
+from .lean import Lean, held, held_weights
+from .memory import give_back, slabs
 from .modules import gate_, plain_kind, ungate_
 from .probe import difference, map_tensors, tensors_in, tolerance
-from .refusals import check_part, check_read, check_sharing
+from .refusals import Unreached, check_part, check_read, check_sharing
 from .unreached import Fresh
 
 
-def copy_of(module: nn.Module) -> nn.Module:
-    """A copy that no gradient and no hook of ours reaches."""
-    double = copy.deepcopy(module)
+def copy_of(module: nn.Module, instead: Mapping[int, nn.Parameter] | None = None) -> nn.Module:
+    """A copy that no gradient and no hook of ours reaches. `instead`: what stands for a parameter there, by its id."""
+    double = copy.deepcopy(module, dict(instead or {}))
     for part in double.modules():
         if "attention_bias_cache" in part.__dict__:
             part.attention_bias_cache = _Forgetful()  # type: ignore[assignment]
@@ -40,6 +43,12 @@ def copy_of(module: nn.Module) -> nn.Module:
                     hooks.pop(key)
                     more.pop(key, None)
     return double.requires_grad_(False)
+
+
+def shared(module: nn.Module) -> dict[int, nn.Parameter]:
+    """For `copy_of`: parameters of the copy that lie where those of the module lie, for a copy that is cut and only run."""
+    plain = [p for p in module.parameters() if type(p) is nn.Parameter and not p.is_inference()]
+    return {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in plain}
 
 
 class _Forgetful(dict):
@@ -69,10 +78,10 @@ def randomize(module: nn.Module, seed: int = 0) -> None:
     with torch.no_grad():
         for tensor in module.parameters():
             if tensor.is_floating_point():
-                spread = tensor.std().nan_to_num().item() if tensor.numel() > 1 else 0.0
-                noise = torch.randn(tensor.shape, generator=draw).to(tensor.device, tensor.dtype)
-                tensor.copy_(noise.mul_(max(spread, 0.02)).add_(tensor.mean()))  # in place: these are as large as the block
-                del noise
+                mean, spread = _moments(tensor)
+                for _, slab in slabs(tensor):
+                    noise = torch.randn(slab.shape, generator=draw)
+                    slab.copy_(noise.mul_(max(spread, 0.02)).add_(mean))
         for part in module.modules():
             if (
                 isinstance(part, nn.modules.batchnorm._BatchNorm)
@@ -82,6 +91,14 @@ def randomize(module: nn.Module, seed: int = 0) -> None:
                 part.running_mean.copy_(torch.randn(part.running_mean.shape, generator=draw))
                 part.running_var.copy_(0.5 + torch.rand(part.running_var.shape, generator=draw))
     give_back()
+
+
+def _moments(tensor: torch.Tensor) -> tuple[float, float]:
+    """The mean of a tensor, and its standard deviation."""
+    count = max(tensor.numel(), 1)
+    mean = sum(slab.sum(dtype=torch.float32).item() for _, slab in slabs(tensor)) / count
+    squares = sum((slab.float() - mean).square_().sum().item() for _, slab in slabs(tensor))
+    return mean, math.sqrt(squares / max(count - 1, 1))
 
 
 def prove_structure(
@@ -96,9 +113,35 @@ def prove_structure(
 ) -> tuple[Variant, bool]:
     """What belongs to the units of one block, and the first guess under which cut and mask agree whatever the weights are.
 
+    The copy is a lean one where it can be (`lean.Lean`): half the memory or less, and the same products in float32. What
+    does not hold there, or does not run, is tried in float32 altogether, and that decides.
+
     Returns:
         that guess, and whether it was proved on another block that is built alike.
     """
+    if held_weights(modules[scope]):
+        before = dict(known)
+        try:
+            return _prove_structure(modules, scope, group, cut, args, kwargs, known, every, lean=True)
+        except Unreached:
+            raise
+        except Exception:  # a forward may do anything with its weights: float32 decides
+            known.clear()
+            known.update(before)
+    return _prove_structure(modules, scope, group, cut, args, kwargs, known, every, lean=False)
+
+
+def _prove_structure(
+    modules: dict[str, nn.Module],
+    scope: str,
+    group: list[Cut],
+    cut: Cut,
+    args: Any,
+    kwargs: Any,
+    known: dict,
+    every: bool,
+    lean: bool,
+) -> tuple[Variant, bool]:
     module = modules[scope]
 
     def to_float(tensor: torch.Tensor) -> torch.Tensor:
@@ -109,13 +152,17 @@ def prove_structure(
     block = cut.block
 
     def drawn() -> tuple[nn.Module, torch.Tensor]:
-        free = copy_of(module).float()
+        kept = {id(p): held(p) for p in held_weights(module)} if lean else {}
+        free = copy_of(module, kept)
+        give_back()
+        as_they_are = {id(p) for p in kept.values()}
+        free._apply(lambda t: t.float() if t.is_floating_point() and id(t) not in as_they_are else t)
         for other in group:
             ungate_(finder_in(free, scope)(other.block.out))
         randomize(free)
-        return free, gate_(finder_in(free, scope)(block.out), consumer=block.consumer)
+        return free, gate_(finder_in(free, scope)(block.out), consumer=block.consumer, by_input=lean)
 
-    broken = [name for name, tensor in module.named_parameters() if not bool(torch.isfinite(tensor).all())]
+    broken = [name for name, tensor in module.named_parameters() if not _is_finite(tensor)]
     if broken:
         raise CompressionError(
             f"Cannot prove a cut of {block.name!r}: {f'{scope}.{broken[0]}'.lstrip('.')} holds NaN or infinities. If a "
@@ -134,11 +181,12 @@ def prove_structure(
 
     def run(part: nn.Module) -> list[tuple[str, torch.Tensor]]:
         torch.default_generator.manual_seed(0)
-        return outputs_of(part(*args(), **kwargs()), every)
+        with Lean() if lean else nullcontext():
+            return outputs_of(part(*args(), **kwargs()), every)
 
     if key not in known:
         check_read(finder_in(free, scope)(block.out), block, lambda: run(free))
-        known[key] = _find_parts(free, block, gate, args(), kwargs(), every)
+        known[key] = _find_parts(free, block, gate, args(), kwargs(), every, lean)
 
     plain = run(free)
     gate.copy_(cut.gate())
@@ -177,7 +225,9 @@ def prove_structure(
             gate.copy_(cut.gate())
             masked = run(free)
         try:
+            give_back()
             cut_(finder_in(free, scope), cut, variant, Dropped())
+            give_back()
             worst = _worst(masked, run(free))
         except Exception as error:  # a wrong guess may break a forward in any way; the next one is tried
             what = f"{type(error).__name__}: {str(error).splitlines()[0]}" if str(error) else type(error).__name__
@@ -258,7 +308,7 @@ def _worst(some: list[tuple[str, torch.Tensor]], others: list[tuple[str, torch.T
 
 
 def _find_parts(
-    free: nn.Module, block: Block, gate: torch.Tensor, args: Any, kwargs: Any, every: bool = False
+    free: nn.Module, block: Block, gate: torch.Tensor, args: Any, kwargs: Any, every: bool = False, lean: bool = False
 ) -> tuple[Part, ...]:
     """The parts of a block, with the units that their rows belong to; modules are named from `free`."""
     names = list(inspect.signature(free.forward).parameters)
@@ -268,7 +318,8 @@ def _find_parts(
     named = {name: floats.get(name, value) for name, value in kwargs.items()}
 
     def run() -> Any:
-        return [t for _, t in outputs_of(free(*Fresh(tuple(positions))(), *args[len(names) :], **Fresh(named)()), every)]
+        with Lean() if lean else nullcontext():
+            return [t for _, t in outputs_of(free(*Fresh(tuple(positions))(), *args[len(names) :], **Fresh(named)()), every)]
 
     def find(units: torch.Tensor) -> dict:
         return coupled(free, gate, units, run, functools.partial(randomize, free), floats)
@@ -294,6 +345,10 @@ def _find_parts(
         elif name not in whole:
             parts.append(Part(name, dim, None, key, owner))
     return tuple(parts)
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    return all(bool(torch.isfinite(slab).all()) for _, slab in slabs(tensor.detach()))
 
 
 def _is_float(value: Any) -> bool:
