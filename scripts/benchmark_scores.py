@@ -4,8 +4,8 @@
 
 The same fraction of all heads and of all neurons goes, over all layers together; whole layers by their own scores. Models are
 masked, which gives what the cut ones give. Accuracy is on the first rows of dev and of test; the interval is of the paired
-difference over these rows (bootstrap), for one teacher and one set of calibration sentences. `movement` is learned in a training:
-`--steps` trains so long by each of the scores that a `PruningCallback` takes, and cuts half-way.
+difference over these rows (bootstrap), for one teacher and one set of calibration sentences. `movement` is learned in a
+training: `--steps` trains so long by each of the scores that a `PruningCallback` takes, and cuts half-way.
 """
 
 from __future__ import annotations

@@ -74,8 +74,8 @@ def derivatives(
             before = now.get(gate.name)  # a shared module runs many times
             if before is not None and before.shape != units.shape:
                 raise CompressionError(
-                    f"score={score!r} of {gate.module!r} cannot be told row by row: it is given {len(units)} rows where another "
-                    f"call has {len(before)}. Use score='magnitude'."
+                    f"score={score!r} of {gate.module!r} cannot be told row by row: it is given {len(units)} rows where "
+                    f"another call has {len(before)}. Use score='magnitude'."
                 )
             now[gate.name] = units if before is None else before + units
 
@@ -139,9 +139,7 @@ def _frozen(model: nn.Module, gates: Sequence[Gated], see: Callable[[Gated, torc
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices))
         for gate in gates:
-            hook = model.get_submodule(gate.module).register_forward_pre_hook(
-                lambda _module, args, gate=gate: (see(gate, args[0]), *args[1:])
-            )
+            hook = model.get_submodule(gate.module).register_forward_pre_hook(_seen_by(see, gate))
             stack.callback(hook.remove)
         try:
             model.eval()
@@ -155,6 +153,10 @@ def _frozen(model: nn.Module, gates: Sequence[Gated], see: Callable[[Gated, torc
                 module.training = True
             if hasattr(config, "problem_type"):
                 config.problem_type = kind
+
+
+def _seen_by(see: Callable[[Gated, torch.Tensor], torch.Tensor], gate: Gated) -> Callable[..., Any]:
+    return lambda module, args: (see(gate, args[0]), *args[1:])
 
 
 def _forward(model: nn.Module, batch: Mapping[str, Any]) -> Any:

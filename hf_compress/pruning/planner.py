@@ -60,18 +60,19 @@ def plan_pruning(
             enough. Not read by `"magnitude"` and `"random"`.
         heads (`float`, defaults to 0.0): the fraction of all heads to *remove*, in [0, 1).
         neurons (`float`, defaults to 0.0): the fraction of all FFN neurons to *remove*, in [0, 1).
-        channels (`float`, defaults to 0.0): the fraction of all channels that can go to *remove*, in [0, 1); by any score but
-            `"fisher"`. The model runs once more, on the first batch if there is one (see `channel_groups`).
-        score (`str`, defaults to `"taylor"`): `"taylor"` (Molchanov 2019), `"gradient"` (Michel 2019), `"magnitude"`, `"fisher"`
+        channels (`float`, defaults to 0.0): the fraction of all channels that can go to *remove*, in [0, 1); by any score
+            but `"fisher"`. The model runs once more, on the first batch if there is one (see `channel_groups`).
+        score (`str`, defaults to `"taylor"`): `"taylor"` (Molchanov 2019), `"gradient"` (Michel 2019), `"magnitude"`,
+            `"activation"` (how often a neuron is not zero; for smooth activations and for heads the mean magnitude), `"fisher"`
             (Kwon 2022: as many of each block as by `"taylor"`, chosen together by the block's whole Fisher matrix, and
-            tuned), `"activation"` (how often a neuron is not zero; for smooth activations and for heads the mean magnitude)
-            or `"random"`; formulas in `hf_compress.pruning.scores`. `"movement"` is learned in a `PruningCallback`.
+            tuned) or `"random"`; formulas in `hf_compress.pruning.scores`. `"movement"` is learned in a `PruningCallback`.
         scope (`str`, defaults to `"global"`): rank all layers together, or (`"layer"`) remove the same fraction of each.
         uniform (`bool`, defaults to `False`): give every layer the same width, so that the result stays a stock
             checkpoint where the architecture's config can say it.
         round_to (`int`, defaults to 1): round kept neurons to a multiple of this (32 suits most kernels).
-        tune (`bool`, *optional*): scale each head and neuron that stays so that every layer gives what it gave, by least squares
-            (Kwon 2022; see `hf_compress.pruning.tuning`). By default with `"fisher"` alone. The scales are in the plan's tensors.
+        tune (`bool`, *optional*): scale each head and neuron that stays so that every layer gives what it gave, by least
+            squares (Kwon 2022; see `hf_compress.pruning.tuning`). By default with `"fisher"` alone. The scales are in the
+            plan's tensors.
         loss_fn (`Callable`, *optional*): `loss_fn(outputs, batch)`, a scalar, where the model computes no loss of its own
             from `labels`.
         seed (`int`, defaults to 0): of `"random"`.
