@@ -16,12 +16,14 @@ import transformers as T
 import hf_compress as hc
 from hf_compress.compensation import is_plain
 from hf_compress.discover import discover
-from hf_compress.pruning import latency, target
+from hf_compress.pruning import latency, prices
 from hf_compress.pruning.calibrate import Calibration
 from hf_compress.pruning.compensate import compensated, curves, unit_counts
 from hf_compress.pruning.latency import LatencyTable
+from hf_compress.pruning.select import trial_plan
 from hf_compress.pruning.sensitivity import sensitivities
 from hf_compress.pruning.surgeon import Moments
+from hf_compress.surgery import prove_variants
 from tests.sweep.build import build as built
 from tests.zoo import FAMILIES, build
 
@@ -355,12 +357,12 @@ def test_the_budget_is_corrected_until_what_is_measured_is_what_was_asked(monkey
         tries.append(small)
         return small
 
-    monkeypatch.setattr(target, "take_turns", clock)
-    monkeypatch.setattr(target, "shrunk", note)
+    monkeypatch.setattr(prices, "take_turns", clock)
+    monkeypatch.setattr(prices, "shrunk", note)
     table = made_up(model, rest=0.0)
-    monkeypatch.setattr(target, "latency_table", lambda *args, **kwargs: table)
+    monkeypatch.setattr(prices, "latency_table", lambda *args, **kwargs: table)
     pruned = hc.prune_to(model, texts(), speedup=1.4)
-    assert len(tries) > 1 and abs(pruned.achieved / 1.4 - 1) <= target.WITHIN
+    assert len(tries) > 1 and abs(pruned.achieved / 1.4 - 1) <= prices.WITHIN
     assert pruned.interval[0] <= pruned.achieved <= pruned.interval[1]
 
 
@@ -368,7 +370,7 @@ def test_what_was_timed_is_kept(monkeypatch, tmp_path):
     monkeypatch.setattr(latency, "FOLDER", tmp_path)
     model, batches = bert(), texts()
     blocks = blocks_of(model)
-    proved = target.prove_variants(model, target.trial_plan(model, discover(model), blocks), batches[0])
+    proved = prove_variants(model, trial_plan(model, discover(model), blocks), batches[0])
     calls = []
     turns = latency.take_turns
     monkeypatch.setattr(latency, "take_turns", lambda *args: (calls.append(len(args[0])), turns(*args))[1])
@@ -492,7 +494,8 @@ SHARED = """
     import hf_compress as hc
     from hf_compress.pruning.calibrate import Calibration
     from hf_compress.pruning.compensate import compensated
-    from hf_compress.pruning.sensitivity import sensitivities
+    from hf_compress.pruning.select import trial_plan
+from hf_compress.pruning.sensitivity import sensitivities
     from tests.test_prune_to import bert, texts, blocks_of, half, made_up
 
     dist.init_process_group("gloo")

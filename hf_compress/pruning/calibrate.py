@@ -415,7 +415,10 @@ def over_processes_(*tensors: torch.Tensor) -> None:
     """Sum tensors over the processes of a distributed run, in place."""
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         for tensor in tensors:
-            dist.all_reduce(tensor)
+            there = tensor.cuda() if tensor.device.type == "cpu" and dist.get_backend() == "nccl" else tensor
+            dist.all_reduce(there)
+            if there is not tensor:
+                tensor.copy_(there)
 
 
 def of_the_first(function: Callable[[], Any]) -> Any:
