@@ -494,8 +494,7 @@ SHARED = """
     import hf_compress as hc
     from hf_compress.pruning.calibrate import Calibration
     from hf_compress.pruning.compensate import compensated
-    from hf_compress.pruning.select import trial_plan
-from hf_compress.pruning.sensitivity import sensitivities
+    from hf_compress.pruning.sensitivity import sensitivities
     from tests.test_prune_to import bert, texts, blocks_of, half, made_up
 
     dist.init_process_group("gloo")
