@@ -9,7 +9,7 @@ import transformers as T
 
 import hf_compress as hc
 from hf_compress.discover import discover
-from hf_compress.pruning import measured
+from hf_compress.pruning import measured, tuning
 from hf_compress.pruning.scores import rearranged
 from hf_compress.pruning.select import count_units, units_of
 from hf_compress.pruning.surgeon import Moments
@@ -165,6 +165,17 @@ def test_any_score_can_be_tuned():
         hc.plan_pruning(model, neurons=0.5, score="magnitude", tune=True)
     with pytest.raises(hc.CompressionError, match="tune must be True or False, got 1"):
         hc.plan_pruning(model, neurons=0.5, score="magnitude", tune=1)
+
+
+def test_blocks_that_are_not_scaled_are_named(monkeypatch):
+    said = []
+    monkeypatch.setattr(tuning, "LIMIT", 0.5)  # no sensible scale lies within
+    monkeypatch.setattr(tuning.logger, "warning", said.append)
+    model, batch = labelled("bert")
+    plan = hc.plan_pruning(model, [batch], neurons=0.5, score="fisher", scope="layer")
+    assert len(said) == 1 and "bert.encoder.layer.0, bert.encoder.layer.1, bert.encoder.layer.2." in said[0]
+    for layer, edit in zip(model.bert.encoder.layer, plan, strict=True):
+        assert torch.equal(plan.tensors[f"{edit.ffn}.out_weight"], layer.output.dense.weight[:, list(edit.neurons)])
 
 
 class Sums(T.TrainerCallback):

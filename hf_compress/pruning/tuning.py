@@ -126,6 +126,7 @@ def tuned(
     if not able:
         return plan
     calibration = Calibration(model, structure, able, batches)
+    beyond: list[str] = []
 
     def solve(block: Block, moments: Moments) -> tuple[torch.Tensor, torch.Tensor, None]:
         module: Any = calibration.modules[block.out]
@@ -134,10 +135,17 @@ def tuned(
         number[stay] = torch.arange(len(stay))
         units = number[units_of(block)]
         found = scales(moments, weight, getattr(module, "bias", None), units, damping)
+        if bool((found == 1).all()):
+            beyond.append(block.name)
         own = units[units >= 0]
         return stay, weight[:, (units >= 0).to(weight.device)].detach().float() * found[own].to(weight.device), None
 
     done = layer_by_layer(calibration, edited, solve, "tune")
+    if beyond:
+        logger.warning(
+            f"Not scaled, since a scale would lie outside [-{LIMIT:g}, {LIMIT:g}] (more batches help, or removing less): "
+            f"{', '.join(beyond[:4])}{', ...' * (len(beyond) > 4)}."
+        )
     new = {_name(edit): edit for edit in done}
     return Plan([new.get(name, edit) for name, edit in edited.items()], done.tensors)
 
