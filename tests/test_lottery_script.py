@@ -47,7 +47,7 @@ def test_every_arm_of_every_seed_is_written_tabled_and_drawn(model, pictures, tm
         "--output",
         tmp_path,
         "--epochs",
-        2,
+        1,
         "--batch_size",
         8,
     ]

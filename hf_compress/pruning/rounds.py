@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from torch import nn
 from transformers import Trainer, set_seed
 
 from ..edits import CompressionError, shown
@@ -170,7 +171,7 @@ def find_ticket(
     ```
     """
     options = _checked(sparsity, heads, neurons, rounds, rewind_to, scope, modules, controls, seed)
-    if not callable(make_trainer):
+    if not callable(make_trainer) or isinstance(make_trainer, nn.Module):  # a model is a function too
         raise CompressionError(
             f"make_trainer is a function that makes a Trainer, called once a training, got {type(make_trainer).__name__}: "
             "lambda: Trainer(make_model(), args, ...)."
