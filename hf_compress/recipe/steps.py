@@ -217,7 +217,7 @@ def _check_prune(step: Step) -> None:
     check_seed(step.options.get("seed", 0))
 
 
-def _targets(step: Step) -> dict[str, float]:
+def _targets(step: Step) -> dict[str, Any]:
     """What is asked for, where it is no share: a speed-up, or so many times fewer of something."""
     return {name: step.options[name] for name in TARGETS if step.options.get(name) is not None}
 
