@@ -543,3 +543,38 @@ def test_curves_fall_with_size():
         assert len(errors) == unit_counts([block])[block.name] + 1 and errors[0] == 0 and errors[-1] == 1
         assert bool((errors.diff() >= 0).all())
     assert isinstance(Moments.empty(2, 3), Moments)
+
+
+def test_a_table_that_promises_too_little_is_not_believed(monkeypatch, tmp_path):
+    """What the smallest sizes give is timed before a speed-up is refused; what they do not give is refused."""
+    monkeypatch.setattr(latency, "FOLDER", tmp_path)
+    model, batches = bert(), texts()
+    pessimist = made_up(model, rest=100.0)  # as if nearly all of the time were spent elsewhere
+    monkeypatch.setattr(prices, "latency_table", lambda *args, **kwargs: pessimist)
+    dense = sum(p.numel() for p in model.parameters())
+
+    def take_turns(runs, rounds, warm):
+        """As long as a model has parameters."""
+        return [[float(counts.pop(0))] * rounds for _ in runs]
+
+    shrink, counts = prices.shrunk, []
+
+    def note(*args):
+        small = shrink(*args)
+        counts.extend([sum(p.numel() for p in small.parameters()), dense])
+        return small
+
+    monkeypatch.setattr(prices, "shrunk", note)
+    monkeypatch.setattr(prices, "take_turns", take_turns)
+    monkeypatch.setattr(prices, "LONGEST", 0.0)
+    pruned = hc.prune_to(copy.deepcopy(model), batches, speedup=1.5)
+    assert pruned.achieved == pytest.approx(1.5, rel=prices.WITHIN)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(hc.CompressionError) as refused:
+        hc.prune_to(model, batches, speedup=9.0)
+    least = copy.deepcopy(model)
+    heads = [hc.KeepHeads(a.name, [0]) for a in discover(least).attentions]
+    hc.apply_(least, hc.Plan([*heads, *(hc.KeepNeurons(f.name, range(min(latency.grid(f)))) for f in discover(least).ffns)]))
+    most = dense / sum(p.numel() for p in least.parameters())
+    assert f"speedup=9 is more than cutting heads and neurons can give here: about {most:.2f} at most" in str(refused.value)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())

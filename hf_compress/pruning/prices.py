@@ -70,7 +70,7 @@ class Prices:
     ) -> None:
         self.model, self.inputs, self.blocks, self.proved, self.target = model, inputs, blocks, proved, target
         self.is_predicted = table is not None
-        self.bias = 1.0  # of the table: what is asked of it for what is wanted
+        self.bias = 1.0  # of the table: the share that is asked of it, of the share that is to go
         if target == "speedup":
             known: LatencyTable = table or of_the_first(lambda: latency_table(model, inputs, blocks, proved))
             unknown = [block.name for block in blocks if block.name not in known.times]
@@ -102,9 +102,32 @@ class Prices:
         return float(sum(pair[self.target == "bytes"] for pair in unique.values()))
 
     def check(self, ratio: float) -> None:
-        """Refuse a target that the smallest sizes do not meet."""
-        if self.fixed + sum(min(of.values()) for of in self.costs.values()) > self.total / ratio:
-            raise CompressionError(self._cannot(ratio))
+        """Refuse a target that the smallest sizes do not meet; a speed-up, where a model of these sizes is not so fast."""
+        most = self._most()
+        if most < ratio and self.target == "speedup" and not self.is_predicted:  # the table may be off: it was made of parts
+            most = of_the_first(lambda: self._achieved(self._smallest(), ratio, SHORT)[0])
+        if most < ratio * (1 - WITHIN * (self.target == "speedup")):
+            raise CompressionError(self._cannot(ratio, most))
+
+    def _smallest(self, losses: Mapping[str, Mapping[int, float]] | None = None) -> dict[str, int]:
+        """Of every block the size that costs least."""
+        return {
+            name: min(of if losses is None else losses[name], key=of.__getitem__)
+            for name, of in self.costs.items()
+            if losses is None or name in losses
+        }
+
+    def _most(self) -> float:
+        """What the costs promise of the smallest sizes; times of parts overlap, so it may be anything."""
+        least = self.fixed + sum(min(of.values()) for of in self.costs.values())
+        return self.total / least if least > 0 else float("inf")
+
+    def falls_short(self, sizes: Mapping[str, int], achieved: float, ratio: float) -> str | None:
+        """Why a speed-up was not reached, if nothing is left to remove."""
+        smallest = self._smallest({name: self.costs[name] for name in sizes})
+        if self.target == "speedup" and achieved < ratio * (1 - WITHIN) and dict(sizes) == smallest:
+            return self._cannot(ratio, achieved)
+        return None
 
     def fit(
         self, losses: Mapping[str, Mapping[int, float]], ratio: float, rough: bool = False
@@ -119,7 +142,7 @@ class Prices:
     def _fit(
         self, losses: Mapping[str, Mapping[int, float]], ratio: float, rough: bool
     ) -> tuple[dict[str, int], float, Any, float]:
-        aim, best = ratio * self.bias, None
+        aim, best = _ratio(self.bias * _share(ratio)), None
         timed = self.target == "speedup" and not self.is_predicted
         for _ in range(1 if rough and timed else TRIES):
             try:
@@ -127,20 +150,21 @@ class Prices:
             except CompressionError:
                 if best is not None:
                     break
-                if aim > ratio:  # more than was asked, to make up for the table
-                    aim = ratio
-                    continue
-                raise CompressionError(self._cannot(ratio)) from None
+                if not timed:
+                    raise CompressionError(self._cannot(ratio, self._most())) from None
+                sizes = self._smallest(losses)  # the table may be off: it was made of parts, at another time
+                aim = self.total / (self.fixed + sum(self.costs[name][size] for name, size in sizes.items()))
             achieved, interval = self._achieved(sizes, ratio, SHORT if rough else LONGEST)
             if timed:
                 off, enough = abs(achieved / ratio - 1), WITHIN
             else:
                 off, enough = max(0.0, 1 - achieved / ratio), 0.0
             if best is None or off < best[0]:
-                best = off, sizes, achieved, interval, aim / achieved if timed else 1.0
+                bias = _share(aim) / _share(achieved) if timed and min(aim, achieved) > 1 else self.bias
+                best = off, sizes, achieved, interval, bias
             if off <= enough or self.is_predicted:
                 break
-            aim *= ratio / achieved
+            aim = _ratio(_share(aim) * _share(ratio) / _share(achieved)) if min(aim, achieved) > 1 else aim * ratio / achieved
         assert best is not None
         return best[1], best[2], best[3], best[4]
 
@@ -165,10 +189,17 @@ class Prices:
                 if wide <= WIDTH or abs(speedup / ratio - 1) > WITHIN + wide or time.perf_counter() - start > longest:
                     return speedup, interval
 
-    def _cannot(self, ratio: float) -> str:
-        least = self.fixed + sum(min(self.costs[block.name].values()) for block in self.blocks)
-        most = f"{self.total / least:.2f}" if least > 0 else "any"
+    def _cannot(self, ratio: float, most: float) -> str:
         return (
-            f"{self.target}={ratio:g} is more than cutting heads and neurons can give here: about {most} at most, with one "
+            f"{self.target}={ratio:g} is more than cutting heads and neurons can give here: about {most:.2f} at most, with one "
             "head and a few neurons left in every block. Ask for less, remove layers first (KeepLayers), or quantize as well."
         )
+
+
+def _share(ratio: float) -> float:
+    """The share of the cost that goes where so many times less is left."""
+    return 1 - 1 / ratio
+
+
+def _ratio(share: float) -> float:
+    return 1 / (1 - min(share, 0.999))

@@ -229,6 +229,9 @@ def _family(
     family = []
     for ratio in ratios:
         sizes, achieved, interval = prices.fit(losses, ratio)
+        short = None if table is not None else prices.falls_short(sizes, achieved, ratio)
+        if short is not None:
+            raise CompressionError(short)
         less = {block.name: sizes[block.name] for block in blocks if sizes[block.name] < count_units(block)}
         plan, lost = compensated(calibration, less, damping)
         shown = {block.name: [sizes[block.name], count_units(block)] for block in blocks}
