@@ -26,10 +26,14 @@ def is_plain(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear | Conv1D) and own
 
 
+def name_of(edit: Any) -> str | None:
+    """The block that an edit cuts; None for an edit of another kind."""
+    return edit.attention if isinstance(edit, KeepHeads) else edit.ffn if isinstance(edit, KeepNeurons) else None
+
+
 def names_given(edit: KeepHeads | KeepNeurons) -> tuple[str, str]:
     """The tensors that belong to an edit with `given=True`: the output projection's weight (out, columns that stay), bias."""
-    name = edit.attention if isinstance(edit, KeepHeads) else edit.ffn
-    return f"{name}.out_weight", f"{name}.out_bias"
+    return f"{name_of(edit)}.out_weight", f"{name_of(edit)}.out_bias"
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from torch import nn
 from ..plan import CompressionError
 from ..probe import NoInputs, quiet_run
 from ..pruning.callback import PruningCallback
+from ..pruning.sparsity_callback import SparsityCallback
 from ..quantization import is_quantized
 from ..quantization.callback import QuantizationCallback
 from .arguments import DistillationArguments
@@ -25,8 +26,8 @@ def as_teachers(given: Any) -> tuple[nn.Module, ...]:
     """One teacher or several as a tuple; refused if they are not models."""
     if given is None:
         raise CompressionError(
-            "DistillationTrainer needs teacher_model=, a model or a list of models. (With a PruningCallback or "
-            "QuantizationCallback in callbacks=, the model as it is teaches itself.)"
+            "DistillationTrainer needs teacher_model=, a model or a list of models. (With a callback that compresses in "
+            "callbacks=, the model as it is teaches itself.)"
         )
     teachers = tuple(given) if isinstance(given, list | tuple | nn.ModuleList) else (given,)
     if not teachers:
@@ -45,7 +46,7 @@ def as_teachers(given: Any) -> tuple[nn.Module, ...]:
 def changes_weights(callback: Any) -> bool:
     """Whether a callback, or class of one, compresses the student while it learns."""
     kind = callback if isinstance(callback, type) else type(callback)
-    return issubclass(kind, PruningCallback | QuantizationCallback)
+    return issubclass(kind, PruningCallback | SparsityCallback | QuantizationCallback)
 
 
 def plain(model: Any) -> Any:

@@ -316,8 +316,8 @@ class DistillationTrainer(DistillationMixin, CompressionTrainer):
         model (`PreTrainedModel`): the student; see `init_student`.
         args (`DistillationArguments`): a Trainer's arguments, and the weights of the terms.
         teacher_model (`PreTrainedModel` or a list of them): already loaded, with the student's vocabulary and labels. May be
-            left out where `callbacks` holds a `PruningCallback` or `QuantizationCallback`: a copy of the student as it is
-            then teaches it.
+            left out where `callbacks` holds a `PruningCallback`, `SparsityCallback` or `QuantizationCallback`: a copy of the
+            student as it is then teaches it.
         **kwargs: what `Trainer` takes.
 
     Raises:

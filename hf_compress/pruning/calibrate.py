@@ -25,6 +25,7 @@ from transformers.pytorch_utils import Conv1D
 from ..cutting import Block
 from ..discover import Structure
 from ..edits import CompressionError
+from ..grams import unlabelled
 from ..modules import dense_weight
 from ..probe import difference, quiet_run, tensors_in, tolerance
 from .surgeon import Moments
@@ -82,7 +83,7 @@ class Calibration:
 
     def __init__(self, model: nn.Module, structure: Structure, blocks: Sequence[Block], batches: Sequence[Mapping[str, Any]]):
         self.model, self.blocks = model, list(blocks)
-        self.batches = [self.unlabelled(batch) for batch in batches]
+        self.batches = [unlabelled(model, batch) for batch in batches]
         self.modules = dict(model.named_modules())
         self.segments = self._segments(structure)
         self.calls: dict[tuple[str, bool], list[list[Call]]] = {}  # of a stack, dense or cut: layer -> batch -> call
@@ -93,14 +94,6 @@ class Calibration:
         self.blocks = [block for block in self.blocks if block.name not in names]
         for segment in self.segments:
             segment.blocks = [block for block in segment.blocks if block.name not in names]
-
-    def unlabelled(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """A batch without its labels, with the decoder's inputs that the model makes of them when it is trained."""
-        found = {k: v for k, v in batch.items() if "label" not in str(k)}
-        shift = getattr(self.model, "prepare_decoder_input_ids_from_labels", None)
-        if shift is not None and isinstance(batch.get("labels"), torch.Tensor) and "decoder_input_ids" not in batch:
-            found["decoder_input_ids"] = shift(labels=batch["labels"])
-        return found
 
     # --- segments ------------------------------------------------------------------------------------------------
 

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
-from ..compensation import names_given
+from ..compensation import is_plain, names_given
 from ..cutting import Block
-from ..discover import Attention
+from ..discover import Attention, Structure
 from ..edits import KeepHeads, KeepNeurons
 from ..modules import dense_weight
 from ..plan import Plan
@@ -36,6 +37,20 @@ class Curve:
     def at(self, sizes: Iterable[int]) -> dict[int, float]:
         """What is lost with these sizes, as far as there are so many units."""
         return {size: float(self.errors[self.units - size]) for size in sizes if size <= self.units}
+
+
+def has_own_weights(model: nn.Module, structure: Structure, block: Block) -> bool:
+    """Whether a block's output projection can be given other weights: a Linear that nothing else uses.
+
+    Experts cannot: they are given the tokens that a router sends them, which are others once a layer before is cut.
+    """
+    experts = tuple(f"{mixture.name}." for mixture in structure.experts)
+    return (
+        block.consumer is None
+        and not getattr(block, "twins", ())
+        and is_plain(model.get_submodule(block.out))
+        and not (experts and f"{block.name}.".startswith(experts))
+    )
 
 
 def curves(

@@ -192,10 +192,17 @@ def _times(scope: nn.Module, block: Block, variant: Variant, call: Any, repeats:
 
 def shrunk(module: nn.Module, path: str, sizes: Iterable[tuple[Block, int]], proved: Mapping[str, Variant]) -> nn.Module:
     """A copy of a module (at `path` in its model) with blocks of these sizes, whichever units stay: to be timed."""
-    double = copy_of(module).eval()
-    for block, size in sizes:
-        if size < count_units(block):
-            cut_(finder_in(double, path), cut_of(block, range(size)), proved[block.name], Dropped())
+    return cut_copy(module, path, ((block, range(size)) for block, size in sizes), proved).eval()
+
+
+def cut_copy(
+    module: nn.Module, path: str, kept: Iterable[tuple[Block, Sequence[int]]], proved: Mapping[str, Variant]
+) -> nn.Module:
+    """A copy of a module (at `path` in its model) with these units of its blocks; `proved` says how they are cut."""
+    double = copy_of(module)
+    for block, units in kept:
+        if len(units) < count_units(block):
+            cut_(finder_in(double, path), cut_of(block, units), proved[block.name], Dropped())
     return double
 
 

@@ -9,13 +9,13 @@ from typing import Any
 from torch import nn
 from transformers.utils import logging
 
-from ..compensation import is_plain
 from ..cutting import Block, Variant
 from ..edits import CompressionError
 from ..measure import macs_of, numbers_of
 from ..probe import quiet_run
 from ..timing import speedup_of, take_turns
 from .calibrate import of_the_first
+from .compensate import has_own_weights
 from .latency import LatencyTable, grid, latency_table, shrunk
 from .select import count_units, nothing_to_choose
 from .solver import solve
@@ -35,15 +35,7 @@ def blocks_for(model: nn.Module, structure: Any, heads: bool, neurons: bool) -> 
     blocks: list[Block] = [*(structure.attentions if heads else ()), *(structure.own_ffns if neurons else ())]
     if not blocks:
         raise CompressionError(nothing_to_choose(model, structure, "heads or neurons"))
-    # experts are given the tokens that a router sends them, which are others once a layer before is cut
-    experts = tuple(f"{mixture.name}." for mixture in structure.experts)
-    able = [
-        block
-        for block in blocks
-        if block.consumer is None
-        and is_plain(model.get_submodule(block.out))
-        and not (experts and f"{block.name}.".startswith(experts))
-    ]
+    able = [block for block in blocks if has_own_weights(model, structure, block)]
     if not able:
         raise CompressionError(
             f"No block of this {type(model).__name__} has a Linear of its own as output projection, which second-order pruning "

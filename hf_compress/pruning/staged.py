@@ -8,20 +8,20 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import Trainer
-from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
-from ..cutting import Block, cut_
+from ..compensation import Compensation, name_of
+from ..cutting import Block
 from ..discover import Attention, discover
 from ..edits import CompressionError
-from ..grams import checked_batches
+from ..grams import checked_batches, unlabelled
 from ..host import calibration_batches
 from ..modules import ungate_
 from ..probe import NoInputs
-from ..structural import Dropped, copy_of, finder_in
+from ..structural import copy_of
 from .calibrate import Calibration
 from .compensate import DAMPING, compensated, losses_of
-from .latency import cut_of
+from .latency import cut_copy
 from .prices import Prices, blocks_for
 from .run import PruningRun
 from .schedules import ratio_at
@@ -82,7 +82,7 @@ class StagedRun(PruningRun):
         double = self._copy()
         calibration = Calibration(double, self.structure, self.blocks, self.batches)
         self.batches = calibration.batches
-        given = self.batches[0] if self.typical is None else calibration.unlabelled(self.typical)
+        given = self.batches[0] if self.typical is None else unlabelled(self.model, self.typical)
         self.prices = Prices(double, calibration.placed(given), self.blocks, self.proved, self.target, None)
         self.prices.check(self.ratio)
         self.prices.model = self.model  # the copy may go
@@ -104,12 +104,8 @@ class StagedRun(PruningRun):
         if asked <= 1:
             return
         dense = self.prices.model = self._copy()
-        small = copy_of(dense)
         alive = {block.name: self.alive[block.name].nonzero().flatten() for block in self.blocks}
-        for block in self.blocks:
-            if len(alive[block.name]) < count_units(block):
-                cut = cut_of(block, alive[block.name].tolist())
-                cut_(finder_in(small, ""), cut, self.proved[block.name], Dropped())
+        small = cut_copy(dense, "", [(block, alive[block.name].tolist()) for block in self.blocks], self.proved)
         structure = discover(small)
         own = {block.name: block for block in (*structure.attentions, *structure.own_ffns)}
         assert self.batches is not None
@@ -140,7 +136,7 @@ class StagedRun(PruningRun):
     @staticmethod
     def _kept(plan: Any, name: str, block: Block) -> torch.Tensor:
         """The units of a cut block that an edit keeps."""
-        edit = next(edit for edit in plan if name == getattr(edit, "attention", getattr(edit, "ffn", None)))
+        edit = next(edit for edit in plan if name_of(edit) == name)
         if not isinstance(block, Attention):
             return torch.tensor(edit.neurons)
         heads = torch.tensor(edit.heads)
@@ -150,13 +146,10 @@ class StagedRun(PruningRun):
         """Let these units stay, with the weights that make up for the others."""
         self.alive[block.name] = torch.zeros_like(self.alive[block.name])
         self.alive[block.name][kept] = True
-        module: Any = self.outs[block.name]
-        columns = self.alive[block.name][units_of(block)].nonzero().flatten().to(module.weight.device)
-        weight = module.weight.T if isinstance(module, Conv1D) else module.weight
-        weight[:, columns] = tensors[f"{block.name}.out_weight"].to(weight)
-        bias = tensors.get(f"{block.name}.out_bias")
-        if bias is not None:
-            module.bias.copy_(bias)
+        columns = self.alive[block.name][units_of(block)].nonzero().flatten()
+        weight, bias = (tensors.get(f"{block.name}.{name}") for name in ("out_weight", "out_bias"))
+        assert weight is not None
+        Compensation(block, columns, weight, bias).simulate(self.outs[block.name])
 
     def warn_if_off(self) -> None:
         achieved = self.stages[-1]["achieved"] if self.stages else 1.0

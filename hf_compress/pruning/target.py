@@ -15,7 +15,7 @@ from torch import nn
 from ..discover import discover
 from ..edits import CompressionError
 from ..files import replace_files
-from ..grams import checked_batches
+from ..grams import checked_batches, unlabelled
 from ..plan import Plan
 from ..probe import NoInputs
 from ..refusals import check_foreign
@@ -216,7 +216,7 @@ def _family(
     structure = discover(model)
     blocks = blocks_for(model, structure, heads, neurons)
     calibration = Calibration(model, structure, blocks, batches)
-    inputs = calibration.placed(calibration.batches[0] if inputs is None else calibration.unlabelled(inputs))
+    inputs = calibration.placed(calibration.batches[0] if inputs is None else unlabelled(model, inputs))
     trial = trial_plan(model, structure, blocks)
     try:
         proved = prove_variants(model, trial)

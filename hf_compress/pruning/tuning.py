@@ -22,14 +22,13 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
-from ..compensation import is_plain
+from ..compensation import name_of
 from ..cutting import Block
 from ..discover import Structure
-from ..edits import KeepHeads, KeepNeurons
 from ..modules import dense_weight
 from ..plan import Plan
 from .calibrate import Calibration, of_the_first
-from .compensate import DAMPING, layer_by_layer
+from .compensate import DAMPING, has_own_weights, layer_by_layer
 from .select import units_of
 from .surgeon import Moments
 
@@ -107,17 +106,9 @@ def tuned(
         batches (`Sequence[dict]`): as for `model(**batch)`; labels are not read.
     """
     kept, plan = of_the_first(lambda: (kept, plan))
-    edited = {_name(edit): edit for edit in plan}
-    experts = tuple(f"{mixture.name}." for mixture in structure.experts)
+    edited = {name: edit for edit in plan if (name := name_of(edit)) is not None}
     blocks: list[Block] = [block for block in (*structure.attentions, *structure.ffns) if block.name in edited]
-    able = [
-        block
-        for block in blocks
-        if block.consumer is None
-        and not getattr(block, "twins", ())
-        and is_plain(model.get_submodule(block.out))
-        and not (experts and f"{block.name}.".startswith(experts))
-    ]
+    able = [block for block in blocks if has_own_weights(model, structure, block)]
     if len(able) < len(blocks):
         left = [block.name for block in blocks if block not in able]
         logger.warning(
@@ -146,10 +137,5 @@ def tuned(
             f"Not scaled, since a scale would lie outside [-{LIMIT:g}, {LIMIT:g}] (more batches help, or removing less): "
             f"{', '.join(beyond[:4])}{', ...' * (len(beyond) > 4)}."
         )
-    new = {_name(edit): edit for edit in done}
+    new = {name_of(edit): edit for edit in done}
     return Plan([new.get(name, edit) for name, edit in edited.items()], done.tensors)
-
-
-def _name(edit: Any) -> str:
-    assert isinstance(edit, KeepHeads | KeepNeurons)
-    return edit.attention if isinstance(edit, KeepHeads) else edit.ffn
