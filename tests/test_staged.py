@@ -250,5 +250,7 @@ def test_the_dense_model_teaches_by_default(tmp_path):
     assert prune.stages[-1]["achieved"] >= 1.3
     lost = [entry["loss_kd"] for entry in t.state.log_history if "loss_kd" in entry]
     assert len(lost) == 4 and max(lost) > 0, t.state.log_history
+    sparse = hc.DistillationTrainer(bert(), args, train_dataset=rows(), callbacks=[hc.SparsityCallback(0.5)])
+    assert fingerprint(sparse.teachers[0].model) == dense
     with pytest.raises(hc.CompressionError, match="teacher_model=, a model"):
         hc.DistillationTrainer(bert(), args, train_dataset=rows())

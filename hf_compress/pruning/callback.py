@@ -10,7 +10,6 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 from transformers.utils import logging
 
-from ..discover import nearest
 from ..edits import CompressionError
 from ..grams import checked_batches
 from ..host import (
@@ -28,7 +27,7 @@ from ..plan import Plan
 from ..publish import card_in_
 from ..refusals import check_adapters
 from .run import PruningRun
-from .schedules import SCHEDULES
+from .schedules import SCHEDULES, check_schedule
 from .select import check_options, check_seed
 from .staged import TARGETS, StagedRun
 from .target import one_target
@@ -142,9 +141,8 @@ class PruningCallback(TrainerCallback, ExportableState):
             )
         schedule = schedule or ("gradual" if aims else "cubic")
         known = [*SCHEDULES, *(("gradual",) if aims else ())]
-        if not isinstance(schedule, str) or schedule not in known:
-            why = " (which takes a target: speedup=...)" if schedule == "gradual" else nearest(schedule, known)
-            raise CompressionError(f"Unknown schedule {schedule!r}{why} Known: {', '.join(known)}.")
+        why = " (which takes a target: speedup=...)" if schedule == "gradual" and not aims else ""
+        check_schedule(schedule, start, end, every, known, why)
         if not heads and not neurons and not aims:
             raise CompressionError(
                 "PruningCallback removes nothing: set heads or neurons to a fraction above 0, or a target such as speedup=2.0."
@@ -153,12 +151,6 @@ class PruningCallback(TrainerCallback, ExportableState):
             raise CompressionError(f"rows is a number of training rows >= 1 to calibrate on, got {rows!r}.")
         if batches is not None and not aims:
             raise CompressionError("batches are for second-order pruning; give them with a target (speedup=).")
-        if not all(isinstance(x, int | float) for x in (start, end)) or not 0 <= start <= end <= 1:
-            raise CompressionError(
-                f"start and end are fractions of the training, 0 <= start <= end <= 1, got {start!r} and {end!r}."
-            )
-        if every is not None and (type(every) is not int or every < 1):
-            raise CompressionError(f"every is a number of optimizer steps >= 1, got {every!r}.")
         if not isinstance(smoothing, int | float) or not 0 <= smoothing < 1:
             raise CompressionError(f"smoothing must lie in [0, 1), got {smoothing!r}.")
         check_seed(seed)

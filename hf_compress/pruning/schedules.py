@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from ..discover import nearest
+from ..edits import CompressionError
 
 
 def one_shot(progress: float) -> float:
@@ -63,3 +67,20 @@ def ratio_at(schedule: str, progress: float, ratio: float) -> float:
 
 
 SCHEDULES: dict[str, Callable[[float], float]] = {"one_shot": one_shot, "linear": linear, "cubic": cubic}
+
+
+def check_schedule(
+    schedule: Any, start: Any, end: Any, every: Any, known: Sequence[str] = tuple(SCHEDULES), why: str = ""
+) -> None:
+    """Refuse what says no schedule, with what is allowed. `why`: of one that is known elsewhere."""
+    if not isinstance(schedule, str) or schedule not in known:
+        raise CompressionError(
+            f"Unknown schedule {schedule!r}{why or nearest(str(schedule), list(known))} Known: {', '.join(known)}."
+        )
+    numbers = all(isinstance(x, int | float) and not isinstance(x, bool) for x in (start, end))
+    if not numbers or not 0 <= start <= end <= 1:
+        raise CompressionError(
+            f"start and end are fractions of the training, 0 <= start <= end <= 1, got {start!r} and {end!r}."
+        )
+    if every is not None and (type(every) is not int or every < 1):
+        raise CompressionError(f"every is a number of optimizer steps >= 1, got {every!r}.")

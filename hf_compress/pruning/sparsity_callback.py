@@ -15,7 +15,6 @@ from torch import nn
 from transformers import Trainer, TrainerCallback
 from transformers.utils import logging
 
-from ..discover import nearest
 from ..edits import CompressionError
 from ..host import (
     calling_trainer,
@@ -38,7 +37,7 @@ from ..sparsity import Masks, matrix_of, pack_bits, read_pattern, unpack_bits
 from ..surgery import apply_
 from .callback import PruningCallback
 from .held import Held, hold_, masks_by
-from .schedules import SCHEDULES
+from .schedules import SCHEDULES, check_schedule
 from .weights import check_sparsity_options, edit_of, sparsifiable
 
 logger = logging.get_logger(__name__)
@@ -109,17 +108,7 @@ class SparsityCallback(TrainerCallback):
         inputs: Mapping[str, Any] | None = None,
     ) -> None:
         check_sparsity_options(sparsity, pattern, score, scope, SCORES)
-        if not isinstance(schedule, str) or schedule not in SCHEDULES:
-            raise CompressionError(
-                f"Unknown schedule {schedule!r}{nearest(str(schedule), list(SCHEDULES))} Known: {', '.join(SCHEDULES)}."
-            )
-        numbers = all(isinstance(x, int | float) and not isinstance(x, bool) for x in (start, end))
-        if not numbers or not 0 <= start <= end <= 1:
-            raise CompressionError(
-                f"start and end are fractions of the training, 0 <= start <= end <= 1, got {start!r} and {end!r}."
-            )
-        if every is not None and (type(every) is not int or every < 1):
-            raise CompressionError(f"every is a number of optimizer steps >= 1, got {every!r}.")
+        check_schedule(schedule, start, end, every)
         if modules is not None:
             name_pattern(modules, "modules")
         if inputs is not None and not isinstance(inputs, Mapping):
