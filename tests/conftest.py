@@ -3,6 +3,7 @@
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["OMP_NUM_THREADS"] = "1"  # also of the processes that tests start: sums are the same to the bit only in one order
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest

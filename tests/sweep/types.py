@@ -16,7 +16,7 @@ EDITS = tuple(
     edit
     for edit in (
         "KeepHeads", "KeepNeurons", "KeepLayers", "all three", "KeepChannels", "KeepExperts", "KeepVocabulary", "LowRank",
-        "DepthwiseSeparable", "Quantize 8 bit", "Quantize 4 bit", "AddExits",
+        "DepthwiseSeparable", "Sparsify", "Quantize 8 bit", "Quantize 4 bit", "AddExits",
     )
     if edit not in ("KeepChannels", "KeepExperts", "KeepVocabulary") or f"class {edit}:" in EDITS_FILE.read_text()
 )  # fmt: skip
