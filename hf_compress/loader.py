@@ -32,6 +32,7 @@ from .layout import OWN, check, finder, finish_replayed, replay_
 from .parts import gathered, stamp_parts_
 from .plan import Plan
 from .quantization import is_quantized
+from .sparse import is_sparse
 
 METHOD = "hf_compress"
 FORMAT = 1
@@ -236,8 +237,9 @@ class HfCompressQuantizer(HfQuantizer):
         self.quantization_config = of_the_whole(model, self.quantization_config)
         replay_(model, self.quantization_config.layout)
         for module in model.modules():
-            if is_quantized(module):
-                module._is_hf_initialized = True  # nothing can be drawn for integers; `_check_filled` tells what is missing
+            if is_quantized(module) or is_sparse(module):
+                # nothing can be drawn for integers, or as wide as a vector is; `_check_filled` tells what is missing
+                module._is_hf_initialized = True
         find = finder(model)
         for name, entry in self.quantization_config.layout["modules"].items():
             locked = find(name) if entry.get("lock") else None

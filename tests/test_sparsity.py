@@ -17,6 +17,7 @@ from hf_compress.pruning.sparsegpt import sparsegpt
 from hf_compress.resume import restore_weights
 from hf_compress.sparse import is_sparse, sparsify_
 from hf_compress.sparsity import matrix_of, pack_bits
+from tests.sweep.build import build as built
 from tests.trainers import trainer
 from tests.zoo import build, outputs
 
@@ -32,6 +33,16 @@ def rows_of(module):
 
 
 # --- checkpoints -------------------------------------------------------------------------------------------------
+
+
+def test_what_draws_new_weights_by_two_axes_is_not_asked_to(tmp_path):
+    """xLSTM's `_init_weights` reads how wide a weight is; while a checkpoint is read, ours is a vector."""
+    model, batch, _ = built("xlstm")
+    hc.apply_(model, hc.plan_sparsity(model, sparsity=0.5), inputs=batch)
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path).eval()
+    assert len(sparse_in(again)) == len(sparse_in(model)) > 0
+    assert torch.equal(outputs(again, batch), outputs(model.eval(), batch))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -21,6 +21,7 @@ from .calibrate import Calibration, weights
 from .select import heads_of, units_of
 from .sensitivity import sensitivities
 from .surgeon import Moments, Regression, removals
+from .tuned import Database
 
 logger = logging.get_logger(__name__)
 
@@ -54,7 +55,11 @@ def has_own_weights(model: nn.Module, structure: Structure, block: Block) -> boo
 
 
 def curves(
-    calibration: Calibration, damping: float = DAMPING, scales: Mapping[str, torch.Tensor] | None = None
+    calibration: Calibration,
+    damping: float = DAMPING,
+    scales: Mapping[str, torch.Tensor] | None = None,
+    grids: Mapping[str, Sequence[int]] | None = None,
+    database: Database | None = None,
 ) -> dict[str, Curve]:
     """Every block of the dense model at every size, in one pass over its layers.
 
@@ -63,6 +68,8 @@ def curves(
         damping (`float`, defaults to 0.01): see `Regression`.
         scales (`dict[str, torch.Tensor]`, *optional*): by block, the weight of each output, (out,); without, errors are
             divided by the mean square of the block's output.
+        grids (`dict[str, Sequence[int]]`, *optional*): by block, sizes for which the projection itself is wanted.
+        database (`Database`, *optional*): where these projections go.
     """
     found: dict[str, Curve] = {}
     for segment in tqdm(calibration.segments, desc="curves", unit="layer", leave=False, disable=None, delay=3):
@@ -76,21 +83,31 @@ def curves(
                 bias = getattr(module, "bias", None)
                 regression = Regression(moments[block.name], dense_weight(module), bias, damping)
                 scale = None if scales is None else scales[block.name]
-                _, errors = removals(regression, units_of(block), scale)
+                order, errors = removals(regression, units_of(block), scale)
+                for size in () if grids is None or database is None else grids[block.name]:
+                    if 0 < size < len(order):
+                        columns = torch.isin(units_of(block), order[len(order) - size :]).nonzero().flatten()
+                        weight, shift = regression.solve(columns)
+                        database[block.name, size] = columns, weight.to(torch.bfloat16).cpu(), shift
                 if scale is None:
                     errors = errors / errors[-1].clamp_min(1e-12)
                 found[block.name] = Curve(len(errors) - 1, errors)
     return found
 
 
-def losses_of(calibration: Calibration, damping: float = DAMPING) -> dict[str, Curve]:
+def losses_of(
+    calibration: Calibration,
+    damping: float = DAMPING,
+    grids: Mapping[str, Sequence[int]] | None = None,
+    database: Database | None = None,
+) -> dict[str, Curve]:
     """Every block's `Curve`, weighed by how much the outputs depend on it; blocks on which they do not are left out."""
     scales = sensitivities(calibration)
     idle = [block.name for block in calibration.blocks if block.name not in scales]
     if idle:
         logger.warning(f"The outputs do not depend on {', '.join(idle[:4])}{', ...' * (len(idle) > 4)}: left whole.")
         calibration.leave_out(idle)
-    return curves(calibration, damping, scales)
+    return curves(calibration, damping, scales, grids, database)
 
 
 # (block, what enters its projection beside what should leave it) -> units that stay, weights on their columns, bias

@@ -131,6 +131,14 @@ class Prices:
         sizes, achieved, interval, self.bias = of_the_first(lambda: self._fit(losses, ratio, rough))
         return sizes, achieved, interval
 
+    def sizes(self, losses: Mapping[str, Mapping[int, float]], ratio: float) -> dict[str, int] | None:
+        """Sizes that should meet a target, by the costs as far as they were corrected; None where none do."""
+        aim = _ratio(self.bias * _share(ratio))
+        try:
+            return solve(losses, {name: self.costs[name] for name in losses}, self.total / aim, self.fixed)
+        except CompressionError:
+            return None
+
     def _fit(
         self, losses: Mapping[str, Mapping[int, float]], ratio: float, rough: bool
     ) -> tuple[dict[str, int], float, Any, float]:

@@ -22,9 +22,10 @@ from ..refusals import check_foreign
 from ..surgery import apply_, prove_variants
 from .calibrate import Calibration
 from .compensate import DAMPING, compensated, losses_of
-from .latency import LatencyTable
+from .latency import LatencyTable, grid
 from .prices import Prices, blocks_for
 from .select import count_units, trial_plan
+from .tuned import TRIES, Database, is_small, tune
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,7 @@ def prune_to(
     heads: bool = True,
     neurons: bool = True,
     damping: float = DAMPING,
+    tries: int = TRIES,
     table: LatencyTable | None = None,
 ) -> Pruned:
     """Prune a model, in place and without training, until it is so many times faster (or smaller), and lose little.
@@ -95,8 +97,9 @@ def prune_to(
     1. What every block loses at every size, from second moments of what enters its output projection (`pruning.surgeon`),
        weighed by how much the model's predictions depend on it (`pruning.sensitivity`).
     2. What every block costs at every size: measured on `inputs`, on this machine (`pruning.latency`).
-    3. The sizes that lose least for the cost (`pruning.solver`); a model of these sizes is timed beside the dense one, and
-       others are chosen until what is achieved is what was asked, within 2%.
+    3. The sizes that lose least for the cost (`pruning.solver`), with weights of the blocks tuned on what a model of such
+       sizes loses on the batches (`pruning.tuned`); a model of these sizes is timed beside the dense one, and others are
+       chosen until what is achieved is what was asked, within 2%.
     4. Layer by layer, the units that go, and new weights for those that stay (`pruning.compensate`).
 
     Args:
@@ -107,6 +110,8 @@ def prune_to(
         inputs (`dict`, *optional*): a batch of the size and length that will be run; the first calibration batch by default.
         heads, neurons (`bool`, default to `True`): what may go.
         damping (`float`, defaults to 0.01): how strongly new weights are held to the old ones; see `surgeon.Regression`.
+        tries (`int`, defaults to 60): choices of sizes that are run on up to 256 rows of the batches, each for about a forward
+            pass of the dense model; 0 takes the first. Not where projections for all sizes would need more than 2 GiB.
         table (`LatencyTable`, *optional*): times of another device, made there; the speed-up is then what the table predicts.
 
     Returns:
@@ -135,7 +140,7 @@ def prune_to(
     """
     wanted = {"speedup": speedup, "macs": macs, "parameters": parameters, "bytes": bytes}
     target, ratio = one_target(wanted)
-    [pruned] = _family(model, batches, target, [ratio], inputs, heads, neurons, damping, table)
+    [pruned] = _family(model, batches, target, [ratio], inputs, heads, neurons, damping, tries, table)
     try:
         apply_(model, pruned.plan)
     except NoInputs:
@@ -152,6 +157,7 @@ def prune_family(
     heads: bool = True,
     neurons: bool = True,
     damping: float = DAMPING,
+    tries: int = TRIES,
     table: LatencyTable | None = None,
 ) -> list[Pruned]:
     """Plans for several speed-ups from one calibration; the model is not changed. See `prune_to`.
@@ -177,7 +183,7 @@ def prune_family(
     if isinstance(speedups, str | bytes) or not isinstance(speedups, Sequence) or not speedups:
         raise CompressionError(f"speedups must be a sequence of numbers above 1, got {speedups!r}.")
     ratios = [one_target({"speedup": value})[1] for value in speedups]
-    return _family(model, batches, "speedup", ratios, inputs, heads, neurons, damping, table)
+    return _family(model, batches, "speedup", ratios, inputs, heads, neurons, damping, tries, table)
 
 
 def one_target(wanted: Mapping[str, Any]) -> tuple[str, float]:
@@ -199,6 +205,7 @@ def _family(
     heads: bool,
     neurons: bool,
     damping: float,
+    tries: int,
     table: LatencyTable | None,
 ) -> list[Pruned]:
     start = time.perf_counter()
@@ -206,6 +213,8 @@ def _family(
         raise CompressionError(f"model must be a model (a torch.nn.Module), got {type(model).__name__}.")
     if isinstance(damping, bool) or not isinstance(damping, int | float) or not 0 < damping < float("inf"):
         raise CompressionError(f"damping must be a number above 0, got {damping!r}.")
+    if isinstance(tries, bool) or not isinstance(tries, int) or tries < 0:
+        raise CompressionError(f"tries is how many choices of sizes are run, 0 or more, got {tries!r}.")
     if table is not None and (not isinstance(table, LatencyTable) or target != "speedup"):
         raise CompressionError(f"table is a LatencyTable, for a speed-up; got {type(table).__name__} for {target}.")
     model = getattr(model, "_orig_mod", model)  # torch.compile
@@ -222,13 +231,19 @@ def _family(
         proved = prove_variants(model, trial)
     except NoInputs:  # slower: this is a whole batch
         proved = prove_variants(model, trial, inputs)
-    found = losses_of(calibration, damping)
+    grids = {block.name: sorted(grid(block) if table is None else table.times.get(block.name, ())) for block in blocks}
+    database: Database | None = {} if tries and is_small(calibration, grids) else None
+    found = losses_of(calibration, damping, grids, database)
     blocks = calibration.blocks
     prices = Prices(model, inputs, blocks, proved, target, table)
     losses = {block.name: found[block.name].at(prices.costs[block.name]) for block in blocks}
     family = []
     for ratio in ratios:
-        sizes, achieved, interval = prices.fit(losses, ratio)
+        weighed = losses
+        if database is not None:
+            prices.fit(losses, ratio, rough=True)  # how far the costs are off
+            weighed = tune(calibration, database, losses, lambda of, ratio=ratio: prices.sizes(of, ratio), tries)
+        sizes, achieved, interval = prices.fit(weighed, ratio)
         short = None if table is not None else prices.falls_short(sizes, achieved, ratio)
         if short is not None:
             raise CompressionError(short)

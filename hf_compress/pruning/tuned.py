@@ -1,0 +1,147 @@
+r"""How much the loss of each block counts, tuned on what the whole model then loses.
+
+Losses of blocks are taken for a sum by the solver, which they are not: what one block loses, a later one may undo or make
+worse. So each block's curve is multiplied by a weight of its own, and weights are sought for which the sizes that the solver
+then picks lose least on data (Frantar and Alistarh 2022, *SPDY*, arXiv:2201.13096; so *ZipLM*): some weights are changed
+at random, the solver picks, the model of these sizes is put together from a database and run, and what is better stays. A try
+costs one forward pass over the rows; nothing is timed or calibrated in between.
+
+The database holds the projection of every block for every size on the grid, as it makes up for what goes while all other
+blocks are whole. (The plan is made afterwards, layer by layer, each on the ones before as they are cut.)
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+from tqdm.auto import tqdm
+
+from ..modules import dense_weight
+from ..probe import quiet_run, tensors_in
+from .calibrate import Calibration, over_processes_, weights
+from .select import units_of
+
+TRIES = 60
+ROWS = 256  # examples in each process
+STEP = 1.0  # standard deviation of the change of a weight's logarithm
+MOST = 2 * 2**30  # bytes of a database that is held in memory
+
+Losses = Mapping[str, Mapping[int, float]]
+# by block and size: the columns that stay, their weights (out, columns) in bfloat16, and the bias
+Database = dict[tuple[str, int], tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]
+
+
+def tune(
+    calibration: Calibration,
+    database: Database,
+    losses: Losses,
+    solve: Callable[[Losses], dict[str, int] | None],
+    tries: int = TRIES,
+) -> dict[str, dict[int, float]]:
+    """The losses, each block's times a weight with which the sizes that are solved for lose least on calibration data.
+
+    Args:
+        calibration (`Calibration`): of the dense model.
+        database (`Database`): the projections at every size that `solve` may pick, but the whole one.
+        losses (`dict`): by block and size.
+        solve (`Callable`): losses -> sizes that meet the target, or None where none do.
+        tries (`int`, defaults to 60): sizes that are run; those that were run before do not count.
+    """
+    now: dict[str, dict[int, float]] = {name: dict(of) for name, of in losses.items()}
+    sizes = solve(now)
+    if sizes is None or tries < 1 or len(now) < 2:
+        return now
+    run = _Stitched(calibration, database)
+    least = run.loss(sizes)
+    logs, seen, draw = dict.fromkeys(now, 0.0), {tuple(sizes.values())}, random.Random(0)
+    progress = tqdm(total=tries, desc="tune sizes", leave=False, disable=None, delay=3)
+    for _ in range(20 * tries):  # most small changes pick the same sizes
+        if len(seen) > tries:
+            break
+        others = dict(logs)
+        for name in draw.sample(list(logs), min(len(logs), draw.randint(1, 3))):
+            others[name] += draw.gauss(0.0, STEP)
+        weighed = _weighed(losses, others)
+        sizes = solve(weighed)
+        if sizes is None or tuple(sizes.values()) in seen:
+            continue
+        seen.add(tuple(sizes.values()))
+        loss = run.loss(sizes)
+        progress.update()
+        progress.set_postfix_str(f"loss {min(loss, least):.4g}")
+        if loss < least:
+            logs, now, least = others, weighed, loss
+    progress.close()
+    return now
+
+
+def is_small(calibration: Calibration, grids: Mapping[str, Sequence[int]]) -> bool:
+    """Whether the database of these sizes is one to hold in memory."""
+    numbers = 0
+    for block in calibration.blocks:
+        units = units_of(block)
+        width = len(units) // (int(units.max()) + 1)
+        weight: Any = calibration.modules[block.out].weight
+        numbers += weight.numel() // len(units) * width * sum(grids[block.name])
+    return 2 * numbers <= MOST
+
+
+def _weighed(losses: Losses, logs: Mapping[str, float]) -> dict[str, dict[int, float]]:
+    scale = {name: float(torch.tensor(log).exp()) for name, log in logs.items()}
+    return {name: {size: loss * scale[name] for size, loss in of.items()} for name, of in losses.items()}
+
+
+class _Stitched:
+    """What a model of some sizes loses, put together from a database, against the dense one."""
+
+    def __init__(self, calibration: Calibration, database: Database) -> None:
+        self.calibration, self.database = calibration, database
+        self.outs = {block.name: block.out for block in calibration.blocks}
+        self.batches, rows = [], 0
+        for batch in calibration.batches:
+            if rows >= ROWS:
+                break
+            self.batches.append(batch)
+            rows += len(next(value for value in batch.values() if isinstance(value, torch.Tensor) and value.ndim))
+        self.meant = [self._outputs(batch) for batch in self.batches]
+
+    def loss(self, sizes: Mapping[str, int]) -> float:
+        """The mean divergence of predictions, or the mean squared error of other outputs as a share of their variance."""
+        new: dict[str, tuple[torch.Tensor, torch.Tensor | None]] = {}
+        for name, size in sizes.items():
+            if (name, size) not in self.database:
+                continue  # the whole block
+            columns, weight, bias = self.database[name, size]
+            full = torch.zeros_like(dense_weight(self.calibration.modules[self.outs[name]]))
+            full[:, columns.to(full.device)] = weight.to(full)
+            new[self.outs[name]] = (full, None if bias is None else bias.to(full))
+        total = torch.zeros(2, dtype=torch.float64)
+        with weights(self.calibration.model, new):
+            for batch, meant in zip(self.batches, self.meant, strict=True):
+                got = self._outputs(batch)
+                if self.is_logits:
+                    divergence = F.kl_div(got.log_softmax(-1), meant.log_softmax(-1), log_target=True, reduction="sum")
+                    total += torch.stack([divergence.double().cpu(), torch.tensor(float(len(got)), dtype=torch.float64)])
+                else:
+                    varies = (meant - meant.mean(0)).square().sum()
+                    total += torch.stack([(got - meant).square().sum(), varies]).double().cpu()
+        over_processes_(total)
+        return float(total[0] / total[1].clamp_min(1e-12))
+
+    @torch.no_grad()
+    def _outputs(self, batch: Mapping[str, Any]) -> torch.Tensor:
+        """Rows of logits, without those of padding, or of the first output where there are none."""
+        batch = self.calibration.placed(batch)
+        with quiet_run(self.calibration.model) as run:
+            outputs = run(batch)
+        logits = outputs.get("logits") if hasattr(outputs, "get") else None
+        self.is_logits = isinstance(logits, torch.Tensor) and logits.shape[-1] > 1
+        value: Any = logits if self.is_logits else next(t for _, t in tensors_in(outputs))
+        mask = batch.get("attention_mask")
+        if isinstance(mask, torch.Tensor) and value.ndim == 3 and mask.shape == value.shape[:2]:
+            return value[mask.bool()].float()
+        return value.flatten(0, -2).float() if value.ndim > 1 else value[:, None].float()
