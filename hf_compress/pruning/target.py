@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 
 from ..discover import discover
 from ..edits import CompressionError
-from ..files import replace_files
 from ..grams import checked_batches, unlabelled
+from ..pictures import save_pruned
 from ..plan import Plan
 from ..probe import NoInputs
 from ..refusals import check_foreign
@@ -24,7 +22,7 @@ from .calibrate import Calibration
 from .compensate import DAMPING, compensated, losses_of
 from .latency import LatencyTable
 from .prices import Prices, blocks_for
-from .select import count_units, trial_plan
+from .select import count_units, trial_plan, unit_of
 
 
 @dataclass(frozen=True)
@@ -41,6 +39,10 @@ class Pruned:
         losses (`dict[str, float]`): by block, the share of what its output varies by that is lost, after compensation.
         conditions (`dict`): hardware, threads, dtype, shapes and versions.
         seconds (`float`): that it took.
+        units (`dict[str, str]`): by block, what is counted: `"heads"`, `"kv groups"` or `"neurons"`.
+        curves (`dict[str, list[list]]`): by block, what the sizes were chosen from: pairs of units that stay and the share of
+            what the block's output varies by that is then lost, of the dense model, after compensation. Outputs are weighed by
+            how much the predictions depend on them.
     """
 
     plan: Plan
@@ -52,6 +54,8 @@ class Pruned:
     losses: dict[str, float]
     conditions: dict[str, Any]
     seconds: float
+    units: dict[str, str] = field(default_factory=dict)
+    curves: dict[str, list[list[float]]] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready, with the plan without its tensors."""
@@ -63,9 +67,12 @@ class Pruned:
         }
 
     def save(self, folder: str | os.PathLike) -> None:
-        """The plan (`Plan.save`) and `pruned.json`, into a folder."""
+        """The plan (`Plan.save`) and `pruned.json`, into a folder, and where matplotlib is installed what they tell.
+
+        `kept.png`: what stays of every block. `error.png`: what every block loses at every size, and the size that was chosen.
+        """
         self.plan.save(folder)
-        replace_files(Path(folder), {"pruned.json": (json.dumps(self.to_dict(), indent=1) + "\n").encode()})
+        save_pruned(folder, self.to_dict())
 
     def __str__(self) -> str:
         got = f"{self.achieved:.2f}" + ("" if self.interval is None else f" ({self.interval[0]:.2f}-{self.interval[1]:.2f})")
@@ -226,6 +233,8 @@ def _family(
     blocks = calibration.blocks
     prices = Prices(model, inputs, blocks, proved, target, table)
     losses = {block.name: found[block.name].at(prices.costs[block.name]) for block in blocks}
+    units = {block.name: unit_of(block) for block in blocks}
+    known = {block.name: found[block.name].shares(prices.costs[block.name]) for block in blocks}
     family = []
     for ratio in ratios:
         sizes, achieved, interval = prices.fit(losses, ratio)
@@ -236,5 +245,5 @@ def _family(
         plan, lost = compensated(calibration, less, damping)
         shown = {block.name: [sizes[block.name], count_units(block)] for block in blocks}
         seconds = time.perf_counter() - start
-        family.append(Pruned(plan, target, ratio, achieved, interval, shown, lost, prices.conditions, seconds))
+        family.append(Pruned(plan, target, ratio, achieved, interval, shown, lost, prices.conditions, seconds, units, known))
     return family
