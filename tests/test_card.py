@@ -347,7 +347,10 @@ def test_what_is_drawn():
     blocks = {"model": {"heads": {"a": 2, "b": 4}, "neurons": {"f": 8, "g": 9}},
               "against": {"heads": {"a": 4, "b": 4, "c": 4}, "neurons": {"f": 10, "g": 11, "h": 12}}}  # fmt: skip
     plan = PLANS["KeepHeads"] + PLANS["KeepNeurons"]
-    assert kept_units(plan, {"blocks": blocks}) == {"heads": {"a": (2, 4), "b": (4, 4)}, "neurons": {"f": (8, 10), "g": (9, 11)}}
+    assert kept_units(plan, {"blocks": blocks}) == {
+        "heads": {"a": (2, 4), "b": (4, 4)},
+        "neurons": {"f": (8, 10), "g": (9, 11)},
+    }
     assert [list(of.values()) for of in kept_units(plan, {}).values()] == [[(3, None)], [(1, None)]]
     assert kept_units(PLANS["Quantize"], {"blocks": blocks}) == {}
     assert stage_points(REPORT.about) == [("dense", pytest.approx(20.3451), 0.88022), ("pruned", pytest.approx(9.9), 0.87)]
