@@ -54,8 +54,8 @@ class Pruned:
     losses: dict[str, float]
     conditions: dict[str, Any]
     seconds: float
-    units: dict[str, str] = field(default_factory=dict)
-    curves: dict[str, list[list[float]]] = field(default_factory=dict)
+    units: dict[str, str] = field(default_factory=dict, repr=False)
+    curves: dict[str, list[list[float]]] = field(default_factory=dict, repr=False)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready, with the plan without its tensors."""
