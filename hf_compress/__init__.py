@@ -48,6 +48,7 @@ from .pruning import plan_layers, plan_pruning
 from .pruning.callback import PruningCallback
 from .pruning.latency import LatencyTable
 from .pruning.lottery import LotteryTicketCallback
+from .pruning.plots import plot_family
 from .pruning.rounds import FoundTicket, find_ticket
 from .pruning.sparsity_callback import SparsityCallback
 from .pruning.target import Pruned, prune_family, prune_to
@@ -120,6 +121,7 @@ __all__ = [
     "plan_quantization",
     "plan_sparsity",
     "plan_vocabulary",
+    "plot_family",
     "prune_family",
     "prune_to",
     "push_to_hub",

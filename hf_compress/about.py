@@ -352,11 +352,14 @@ def is_repo_id(name: Any) -> bool:
 
 
 def _blocks(model: nn.Module, against: nn.Module | None) -> dict[str, Any] | None:
-    """Heads of every attention and neurons of every feed-forward block, of both."""
+    """Heads of every attention, neurons of every feed-forward block, channels of every convolution, layers of every stack."""
     sizes = {}
     for key, one in (("model", model), ("against", against)):
         structure = None if one is None else discover(one)
-        if structure is not None and (structure.attentions or structure.ffns):
+        if structure is not None and (structure.attentions or structure.ffns or structure.channels):
             heads = {block.name: block.num_heads for block in structure.attentions}
             sizes[key] = {"heads": heads, "neurons": {block.name: block.size for block in structure.ffns}}
+            channels = {conv.name: conv.out_channels for conv in structure.channels}
+            stacks = {stack[0].path: len(stack) for stack in structure.stacks.values()}
+            sizes[key] |= {k: v for k, v in (("channels", channels), ("layers", stacks)) if v}
     return sizes or None

@@ -41,7 +41,9 @@ __all__ = ["base_facts", "eval_results", "merge_card", "render_card"]
 
 TEMPLATE = Path(__file__).parent / "templates" / "card.md"
 PICTURE_WORDS = {
-    "kept.png": "Heads and neurons that each layer kept",
+    "kept.png": "What each block kept",
+    "error.png": "What each block loses against what stays of it, and where it was cut",
+    "family.png": "The dense model, the family that was pruned from it and others, against the speed-up",
     "stages.png": "The metric against the latency, after every stage",
 }
 RECIPE_FILE = re.compile(r"[\w.-]+\.ya?ml")

@@ -19,9 +19,11 @@ from transformers.utils.hub import PushToHubMixin
 from .about import seen
 from .edits import CompressionError
 from .files import staged
+from .pictures import PRUNED_FILE
 from .plan import PLAN_FILE, Plan
 from .publish import (
     CARD_FILE,
+    FAMILY,
     PICTURES,
     RECIPE_FILE,
     PushError,
@@ -155,8 +157,9 @@ mask (Mask.remove()), or cut what it hides (apply_ with its plan), then push.
             if plan and record_in(stage) is None:
                 Plan(plan.edits).save(stage)  # the weights are in the model
             check_measured(stage, report)
-            if (folder / CARD_FILE).is_file():
-                shutil.copyfile(folder / CARD_FILE, stage / CARD_FILE)
+            for name in (CARD_FILE, FAMILY, PRUNED_FILE):
+                if (folder / name).is_file():
+                    shutil.copyfile(folder / name, stage / name)
             about = {} if report else seen(owner)
             about |= {"recipe": recipe_text} if recipe_text else {}
             write_card_(stage, plan, report, about=about, repo_id=repo_id, token=token)

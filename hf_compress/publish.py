@@ -37,7 +37,8 @@ logger = logging.get_logger(__name__)
 
 CARD_FILE, RECIPE_FILE, CONFIG_FILE = "README.md", "recipe.yaml", "config.json"
 MODULES_FILE = "modules.json"  # of sentence-transformers
-PICTURES = ("kept.png", "stages.png")
+PICTURES = ("kept.png", "error.png", "stages.png")
+FAMILY = "family.png"  # what `plot_family` drew there; only whoever did can draw it again, so it is never removed
 
 
 class PushError(CompressionError):
@@ -138,7 +139,7 @@ def write_card_(
         token (`str` or `bool`, *optional*): to read the base model's card, whose license and languages are inherited.
     """
     from .card import base_facts, eval_results, render_card
-    from .pictures import draw_
+    from .pictures import draw_, pruned_in
 
     folder = Path(folder)
     facts = {**_facts_in(folder), **(report.about if report else {}), **(about or {})}
@@ -151,7 +152,8 @@ def write_card_(
     facts = {key: value for key, value in facts.items() if value is not None}
     gone: list[str] = []
     with staged(folder, remove=gone) as stage:
-        facts["pictures"] = draw_(stage, plan, report)
+        facts["pictures"] = draw_(stage, plan, report, facts, pruned_in(folder, plan))
+        facts["pictures"] += [FAMILY] if (folder / FAMILY).is_file() else []
         if report is not None:
             report = replace(report, about=facts)
             report.save(stage)

@@ -24,7 +24,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 CARDS, RUNS = ROOT / "model_cards", ROOT / "runs" / "cards"
-KEPT = ("README.md", "report.json", "compression_plan.json", "kept.png", "stages.png")
+KEPT = ("README.md", "report.json", "compression_plan.json", "kept.png", "error.png", "stages.png")
 MIRRORED = "sentence-transformers/all-MiniLM-L6-v2"
 DIGITS = "vit-digits-small"  # its model and its data are made here: `hf-compress demo`
 
@@ -80,12 +80,14 @@ def keep(name: str, mirror: bool = False) -> None:
 
 
 def render(name: str) -> None:
-    """The card again, from the plan and the report beside it."""
+    """The card and its pictures again, from the plan and the report beside it."""
     from hf_compress import Plan, Report, render_card
+    from hf_compress.pictures import draw_, pruned_in
 
     folder = CARDS / name
     report = Report.load(folder)
     plan = Plan.load(folder) if (folder / "compression_plan.json").is_file() else Plan()
+    draw_(folder, plan, report, pruned=pruned_in(folder, plan))
     (folder / "README.md").write_text(render_card(plan, report), encoding="utf-8")
 
 

@@ -18,7 +18,7 @@ from huggingface_hub.repocard_data import model_index_to_eval_results
 import hf_compress as hc
 from hf_compress.card import base_facts, merge_card, render_card
 from hf_compress.edits import EDITS
-from hf_compress.pictures import draw_, kept_sizes, stage_points
+from hf_compress.pictures import draw_, kept_units, stage_points
 from hf_compress.plan import PLAN_FILE
 from hf_compress.report import Cost, Latency, Report, Timing
 from hf_compress.words import SENTENCES, TECHNIQUES, and_list, code, count, digits, size, table
@@ -266,7 +266,7 @@ def test_every_edit_has_words():
         ("Quantize", "full", ["Accuracy on stanfordnlp/sst2, split `test` of 1,821 rows is 0.8791, where that one has 0.8802"], []),
         ("Quantize", "full", ["| dense | 0.8802 | 20.35 ms | 22.7 M | 90.9 MB |", "| pruned | 0.87 | 9.9 ms | 15.0 M |  |"], []),
         ("Quantize", "full", ["on AMD EPYC (2 cores) with 1 thread in float32 by torch 2.13.0+cpu"], ["eval_", "runtime", "3.2"]),
-        ("Quantize", "full", ['pipeline("text-classification", "me/small")', "![Heads and neurons", "size mismatch"], []),
+        ("Quantize", "full", ['pipeline("text-classification", "me/small")', "![What each block kept", "size mismatch"], []),
         ("Quantize", "full", ["Seed 0; base model at revision `c9745ed1d9f2", "with python 3.11.7 and hf_compress 0.1.0."], []),
         ("KeepHeads", "stock", ["# vit, pruned", "AutoModelForImageClassification"], ["/home/me", "import hf_compress  #"]),
         ("KeepHeads", "no baseline", ["has 11.2 M parameters in 17.6 MB", "No other model was timed"], ["| ratio", "x as fast"]),
@@ -347,9 +347,12 @@ def test_what_is_drawn():
     blocks = {"model": {"heads": {"a": 2, "b": 4}, "neurons": {"f": 8, "g": 9}},
               "against": {"heads": {"a": 4, "b": 4, "c": 4}, "neurons": {"f": 10, "g": 11, "h": 12}}}  # fmt: skip
     plan = PLANS["KeepHeads"] + PLANS["KeepNeurons"]
-    assert kept_sizes(plan, {"blocks": blocks}) == {"heads": ([2, 4], [4, 4]), "neurons": ([8, 9], [])}
-    assert kept_sizes(plan, {}) == {"heads": ([3], []), "neurons": ([1], [])}
-    assert kept_sizes(PLANS["Quantize"], {"blocks": blocks}) == {}
+    assert kept_units(plan, {"blocks": blocks}) == {
+        "heads": {"a": (2, 4), "b": (4, 4)},
+        "neurons": {"f": (8, 10), "g": (9, 11)},
+    }
+    assert [list(of.values()) for of in kept_units(plan, {}).values()] == [[(3, None)], [(1, None)]]
+    assert kept_units(PLANS["Quantize"], {"blocks": blocks}) == {}
     assert stage_points(REPORT.about) == [("dense", pytest.approx(20.3451), 0.88022), ("pruned", pytest.approx(9.9), 0.87)]
     assert stage_points({"stages": REPORT.about["stages"][:1]}) == []
 
@@ -367,7 +370,7 @@ def test_pictures(tmp_path):
 
 
 def test_without_matplotlib_a_card_shows_none(tmp_path, monkeypatch):
-    monkeypatch.setattr("hf_compress.pictures.find_spec", lambda name: None)
+    monkeypatch.setattr("hf_compress.drawing.find_spec", lambda name: None)
     report = replace(REPORT)
     assert draw_(tmp_path, PLANS["KeepHeads"], report) == [] == list(tmp_path.iterdir())
     assert "![" not in render_card(PLANS["KeepHeads"], report) and "![" in render_card(PLANS["KeepHeads"], REPORT)

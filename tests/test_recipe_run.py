@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from hf_compress import discover
+from hf_compress.drawing import can_draw
 from hf_compress.edits import CompressionError
 from hf_compress.recipe import RecipeError, read_recipe, run_recipe
 from hf_compress.recipe.digests import commit_of, digests
@@ -514,3 +515,10 @@ def test_to_a_target(training, world, tmp_path):
     report = run_recipe(recipe)
     assert report.against is not None
     assert report.against.parameters / report.model.parameters >= 1.2
+    saved = json.loads((tmp_path / "out" / "pruned.json").read_text())
+    blocks = report.about["blocks"]["model"]
+    assert saved["target"] == "parameters" and {n: left for n, (left, _) in saved["sizes"].items()} == {
+        **blocks["heads"], **blocks["neurons"]
+    }  # fmt: skip
+    shown = ["kept.png", "error.png", "stages.png"] if can_draw() else []
+    assert report.about.get("pictures", []) == shown and all((tmp_path / "out" / name).is_file() for name in shown)

@@ -9,7 +9,7 @@ import pytest
 
 import hf_compress as hc
 from hf_compress.about import check_about
-from hf_compress.pictures import draw_, kept_sizes, stage_points
+from hf_compress.pictures import draw_, kept_units, stage_points
 from hf_compress.report import Cost, Latency, Report, Timing
 
 FAST, SLOW = Latency(0.002, 0.0015, 0.0031, 20), Latency(0.004, 0.0039, 0.0052, 20)
@@ -269,7 +269,7 @@ def test_whatever_a_report_holds_it_is_refused_or_shown():
                 refused += 1
                 continue
             assert hc.render_card(plan, report).startswith("---\n") and str(report)
-            kept_sizes(plan, report.about), stage_points(report.about)
+            kept_units(plan, report.about), stage_points(report.about)
             shown += 1
     assert refused > 900 and shown > 200
 

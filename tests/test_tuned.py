@@ -30,7 +30,7 @@ def test_what_is_put_together_is_the_model_with_these_projections(family):
     model, batches = (bert(), texts()) if family == "bert" else several(family)
     calibration, database, losses = database_of(model, batches)
     sizes = {name: sorted(of)[len(of) // 2] for name, of in losses.items()}
-    found = tuned._Stitched(calibration, database).loss(sizes)
+    found = tuned.Stitched(calibration, database).loss(sizes)
     assert found > 0
     double = copy.deepcopy(model)
     for block in blocks_of(model):
@@ -59,7 +59,7 @@ def test_what_is_put_together_is_the_model_with_these_projections(family):
                 sums[1] += float((meant - meant.mean(0)).square().sum())
     assert found == pytest.approx(sums[0] / sums[1], rel=2e-3)
     whole = {name: max(of) for name, of in losses.items()}
-    assert tuned._Stitched(calibration, database).loss(whole) == pytest.approx(0.0, abs=1e-6)
+    assert tuned.Stitched(calibration, database).loss(whole) == pytest.approx(0.0, abs=1e-6)
 
 
 def test_better_sizes_are_found_where_the_losses_of_blocks_mislead():
@@ -75,7 +75,7 @@ def test_better_sizes_are_found_where_the_losses_of_blocks_mislead():
         fixed = table.total - sum(times[max(times)] for times in table.times.values())
         return solver.solve(of, {name: table.times[name] for name in of}, table.total / 2, fixed)
 
-    run = tuned._Stitched(calibration, database)
+    run = tuned.Stitched(calibration, database)
     before, after = solve(misled), solve(tuned.tune(calibration, database, misled, solve, 40))
     assert run.loss(after) < 0.8 * run.loss(before)
     assert solve(tuned.tune(calibration, database, misled, solve, 0)) == before

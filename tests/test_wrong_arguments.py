@@ -66,6 +66,7 @@ CALLS = [
     (lambda m, e: hc.prune_family(m, [{}], 2), "sequence of numbers", "2"),
     (lambda m, e: hc.LatencyTable.load("no/such/table.json"), "no latency table", "no/such"),
     (lambda m, e: hc.plan_vocabulary(m, None, ["a"]), "fast tokenizer", "NoneType"),
+    (lambda m, e: hc.plot_family([1], "family.png"), "sequence of what prune_to gives", "1"),
     (lambda m, e: hc.cut_tokenizer(m, [0, 1]), "fast tokenizer", "BertForSequenceClassification"),
     (lambda m, e: hc.channel_groups("resnet"), "model", "str"),
     (lambda m, e: hc.channel_groups(m.config), "model", "BertConfig"),

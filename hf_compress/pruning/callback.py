@@ -52,7 +52,8 @@ class PruningCallback(TrainerCallback, ExportableState):
     With a target (`speedup=3.0`), pruning is second-order and in stages (`start` to `end`, four by default): at each, a cut
     copy of the model is calibrated on rows of the training data, the sizes that lose least for the cost are found, timed
     beside the model as it began, and corrected until they are as fast as this stage asks; what is masked then is made up
-    for by new weights in what stays, and training heals the rest. See `prune_to`; `stages` holds what each achieved.
+    for by new weights in what stays, and training heals the rest. See `prune_to`; `stages` holds what each achieved. When
+    training ends, the first process writes `pruned.json`, `kept.png` and `error.png` (of the last stage) into `output_dir`.
 
     Only evaluations at full sparsity count for `load_best_model_at_end`: a best model from before never felt the final
     mask. A checkpoint from the middle holds its masks: it loads as the masked model, and resuming from it (also after a
@@ -257,6 +258,11 @@ class PruningCallback(TrainerCallback, ExportableState):
         self.stages = run.stages
         self.plan = run.cut(optimizer)
         self._run = None
+        if isinstance(run, StagedRun) and state.is_world_process_zero and args.output_dir:
+            try:
+                run.save(args.output_dir, self.plan)
+            except CompressionError as error:  # the training is not lost for a picture
+                logger.warning(str(error))
         if trainer is not None:
             unguard(trainer)
             trainer.model_wrapped = trainer.model  # a wrapper around it holds weights that are gone

@@ -39,6 +39,22 @@ class Curve:
         """What is lost with these sizes, as far as there are so many units."""
         return {size: float(self.errors[self.units - size]) for size in sizes if size <= self.units}
 
+    def shares(self, sizes: Iterable[int]) -> list[list[float]]:
+        """Pairs of (units that stay, share of the loss without any), the smallest first: JSON-ready.
+
+        Example:
+
+        ```python
+        >>> import torch
+        >>> from hf_compress.pruning.compensate import Curve
+        >>> Curve(3, torch.tensor([0.0, 1.0, 2.0, 8.0])).shares([3, 1])
+        [[1, 0.25], [3, 0.0]]
+
+        ```
+        """
+        whole = float(self.errors[-1]) or 1.0
+        return [[size, error / whole] for size, error in sorted(self.at(sizes).items())]
+
 
 def has_own_weights(model: nn.Module, structure: Structure, block: Block) -> bool:
     """Whether a block's output projection can be given other weights: a Linear that nothing else uses.

@@ -94,6 +94,13 @@ def count_units(block: Block) -> int:
     return int(units_of(block)[-1]) + 1
 
 
+def unit_of(block: Block) -> str:
+    """What the units of a block are called: `"heads"`, `"kv groups"` (of heads that share keys) or `"neurons"`."""
+    if not isinstance(block, Attention):
+        return "neurons"
+    return "kv groups" if 1 < block.num_key_value_heads < block.num_heads else "heads"
+
+
 def heads_of(block: Attention, units: Sequence[int]) -> list[int]:
     """The query heads of kept units."""
     if block.num_key_value_heads == 1:

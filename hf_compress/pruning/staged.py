@@ -17,6 +17,8 @@ from ..edits import CompressionError
 from ..grams import checked_batches, unlabelled
 from ..host import calibration_batches
 from ..modules import ungate_
+from ..pictures import save_pruned
+from ..plan import Plan
 from ..probe import NoInputs
 from ..structural import copy_of
 from .calibrate import Calibration
@@ -26,7 +28,7 @@ from .prices import Prices, blocks_for
 from .run import PruningRun
 from .schedules import ratio_at
 from .scores import Score
-from .select import count_units, units_of
+from .select import count_units, unit_of, units_of
 
 logger = logging.get_logger(__name__)
 
@@ -130,6 +132,7 @@ class StagedRun(PruningRun):
             "interval": None if interval is None else list(interval),
             "sizes": {block.name: [sizes[block.name], count_units(block)] for block in self.blocks},
             "losses": lost,
+            "curves": {name: found[name].shares(self.prices.costs[name]) for name in there if name in found},
         })  # fmt: skip
         self._log({**self._shares(), self.target: round(achieved, 4)})
 
@@ -150,6 +153,15 @@ class StagedRun(PruningRun):
         weight, bias = (tensors.get(f"{block.name}.{name}") for name in ("out_weight", "out_bias"))
         assert weight is not None
         Compensation(block, columns, weight, bias).simulate(self.outs[block.name])
+
+    def save(self, folder: str, plan: Plan) -> None:
+        """What was cut in the end and what it was chosen from, as `Pruned.save` writes it but the plan, into a folder."""
+        if not self.stages:
+            return
+        last = {"losses": {}, "curves": {}, **self.stages[-1]}
+        data = {**last, "target": self.target, "conditions": self.prices.conditions, "stages": self.stages}
+        units = {block.name: unit_of(block) for block in self.blocks}
+        save_pruned(folder, {**data, "units": units, "plan": plan.to_dict(spans=True)})
 
     def warn_if_off(self) -> None:
         achieved = self.stages[-1]["achieved"] if self.stages else 1.0

@@ -2,30 +2,28 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 
 from ..discover import discover
 from ..edits import CompressionError
-from ..files import replace_files
 from ..grams import checked_batches, unlabelled
+from ..pictures import save_pruned
 from ..plan import Plan
 from ..probe import NoInputs
 from ..refusals import check_foreign
-from ..surgery import apply_, prove_variants
+from ..surgery import apply_, mask_, prove_variants
 from .calibrate import Calibration
 from .compensate import DAMPING, compensated, losses_of
 from .latency import LatencyTable, grid
 from .prices import Prices, blocks_for
-from .select import count_units, trial_plan
-from .tuned import TRIES, Database, is_small, tune
+from .select import count_units, trial_plan, unit_of
+from .tuned import TRIES, Database, Losses, Stitched, is_small, tune
 
 
 @dataclass(frozen=True)
@@ -42,6 +40,10 @@ class Pruned:
         losses (`dict[str, float]`): by block, the share of what its output varies by that is lost, after compensation.
         conditions (`dict`): hardware, threads, dtype, shapes and versions.
         seconds (`float`): that it took.
+        units (`dict[str, str]`): by block, what is counted: `"heads"`, `"kv groups"` or `"neurons"`.
+        curves (`dict[str, list[list]]`): by block, what the sizes were chosen from: pairs of units that stay and the share of
+            what the block's output varies by that is then lost, of the dense model, after compensation. Outputs are weighed by
+            how much the predictions depend on them.
     """
 
     plan: Plan
@@ -53,6 +55,8 @@ class Pruned:
     losses: dict[str, float]
     conditions: dict[str, Any]
     seconds: float
+    units: dict[str, str] = field(default_factory=dict, repr=False)
+    curves: dict[str, list[list[float]]] = field(default_factory=dict, repr=False)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready, with the plan without its tensors."""
@@ -64,9 +68,12 @@ class Pruned:
         }
 
     def save(self, folder: str | os.PathLike) -> None:
-        """The plan (`Plan.save`) and `pruned.json`, into a folder."""
+        """The plan (`Plan.save`) and `pruned.json`, into a folder, and where matplotlib is installed what they tell.
+
+        `kept.png`: what stays of every block. `error.png`: what every block loses at every size, and the size that was chosen.
+        """
         self.plan.save(folder)
-        replace_files(Path(folder), {"pruned.json": (json.dumps(self.to_dict(), indent=1) + "\n").encode()})
+        save_pruned(folder, self.to_dict())
 
     def __str__(self) -> str:
         got = f"{self.achieved:.2f}" + ("" if self.interval is None else f" ({self.interval[0]:.2f}-{self.interval[1]:.2f})")
@@ -110,7 +117,7 @@ def prune_to(
         inputs (`dict`, *optional*): a batch of the size and length that will be run; the first calibration batch by default.
         heads, neurons (`bool`, default to `True`): what may go.
         damping (`float`, defaults to 0.01): how strongly new weights are held to the old ones; see `surgeon.Regression`.
-        tries (`int`, defaults to 60): choices of sizes that are run on up to 256 rows of the batches, each for about a forward
+        tries (`int`, defaults to 100): choices of sizes that are run on up to 256 rows of the batches, each for about a forward
             pass of the dense model; 0 takes the first. Not where projections for all sizes would need more than 2 GiB.
         table (`LatencyTable`, *optional*): times of another device, made there; the speed-up is then what the table predicts.
 
@@ -237,19 +244,47 @@ def _family(
     blocks = calibration.blocks
     prices = Prices(model, inputs, blocks, proved, target, table)
     losses = {block.name: found[block.name].at(prices.costs[block.name]) for block in blocks}
+    units = {block.name: unit_of(block) for block in blocks}
+    known = {block.name: found[block.name].shares(prices.costs[block.name]) for block in blocks}
     family = []
     for ratio in ratios:
-        weighed = losses
-        if database is not None:
-            prices.fit(losses, ratio, rough=True)  # how far the costs are off
-            weighed = tune(calibration, database, losses, lambda of, ratio=ratio: prices.sizes(of, ratio), tries)
-        sizes, achieved, interval = prices.fit(weighed, ratio)
-        short = None if table is not None else prices.falls_short(sizes, achieved, ratio)
-        if short is not None:
-            raise CompressionError(short)
-        less = {block.name: sizes[block.name] for block in blocks if sizes[block.name] < count_units(block)}
-        plan, lost = compensated(calibration, less, damping)
+        sizes, achieved, interval, plan, lost = _chosen(calibration, prices, losses, database, ratio, tries, damping)
         shown = {block.name: [sizes[block.name], count_units(block)] for block in blocks}
         seconds = time.perf_counter() - start
-        family.append(Pruned(plan, target, ratio, achieved, interval, shown, lost, prices.conditions, seconds))
+        family.append(Pruned(plan, target, ratio, achieved, interval, shown, lost, prices.conditions, seconds, units, known))
     return family
+
+
+def _chosen(
+    calibration: Calibration,
+    prices: Prices,
+    losses: Losses,
+    database: Database | None,
+    ratio: float,
+    tries: int,
+    damping: float,
+) -> tuple[dict[str, int], float, Any, Plan, dict[str, float]]:
+    """Sizes that meet a target, and the plan: of what the losses say, or of what tuned ones do, whichever then loses less."""
+    fits = [prices.fit(losses, ratio)]
+    short = prices.falls_short(*fits[0][:2], ratio)
+    if short is not None:
+        raise CompressionError(short)
+    if database is not None:
+        tuned = tune(calibration, database, losses, lambda of: prices.sizes(of, ratio), tries)
+        other = prices.fit(tuned, ratio)
+        if other[0] != fits[0][0] and prices.is_as_near(other[1], fits[0][1], ratio):
+            fits.append(other)
+    counts = {block.name: count_units(block) for block in calibration.blocks}
+    plans = []
+    for sizes, _, _ in fits:
+        less = {name: sizes[name] for name, count in counts.items() if sizes[name] < count}
+        plans.append(compensated(calibration, less, damping))
+    best = 0
+    if len(plans) > 1:  # what the database says of other layers is what they were before anything was cut
+        run = Stitched(calibration, database or {})
+        found = []
+        for plan, _ in plans:
+            with mask_(calibration.model, plan):
+                found.append(run.now())
+        best = found.index(min(found))
+    return *fits[best], *plans[best]

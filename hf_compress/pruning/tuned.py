@@ -25,7 +25,7 @@ from ..probe import quiet_run, tensors_in
 from .calibrate import Calibration, over_processes_, weights
 from .select import units_of
 
-TRIES = 60
+TRIES = 100
 ROWS = 256  # examples in each process
 STEP = 1.0  # standard deviation of the change of a weight's logarithm
 MOST = 2 * 2**30  # bytes of a database that is held in memory
@@ -49,13 +49,13 @@ def tune(
         database (`Database`): the projections at every size that `solve` may pick, but the whole one.
         losses (`dict`): by block and size.
         solve (`Callable`): losses -> sizes that meet the target, or None where none do.
-        tries (`int`, defaults to 60): sizes that are run; those that were run before do not count.
+        tries (`int`, defaults to 100): sizes that are run; those that were run before do not count.
     """
     now: dict[str, dict[int, float]] = {name: dict(of) for name, of in losses.items()}
     sizes = solve(now)
     if sizes is None or tries < 1 or len(now) < 2:
         return now
-    run = _Stitched(calibration, database)
+    run = Stitched(calibration, database)
     least = run.loss(sizes)
     logs, seen, draw = dict.fromkeys(now, 0.0), {tuple(sizes.values())}, random.Random(0)
     progress = tqdm(total=tries, desc="tune sizes", leave=False, disable=None, delay=3)
@@ -95,8 +95,8 @@ def _weighed(losses: Losses, logs: Mapping[str, float]) -> dict[str, dict[int, f
     return {name: {size: loss * scale[name] for size, loss in of.items()} for name, of in losses.items()}
 
 
-class _Stitched:
-    """What a model of some sizes loses, put together from a database, against the dense one."""
+class Stitched:
+    """What a model loses against the dense one that it was when this was made: put together from a database, or as it is."""
 
     def __init__(self, calibration: Calibration, database: Database) -> None:
         self.calibration, self.database = calibration, database
@@ -110,7 +110,7 @@ class _Stitched:
         self.meant = [self._outputs(batch) for batch in self.batches]
 
     def loss(self, sizes: Mapping[str, int]) -> float:
-        """The mean divergence of predictions, or the mean squared error of other outputs as a share of their variance."""
+        """What is lost with these sizes; see `now`."""
         new: dict[str, tuple[torch.Tensor, torch.Tensor | None]] = {}
         for name, size in sizes.items():
             if (name, size) not in self.database:
@@ -119,16 +119,20 @@ class _Stitched:
             full = torch.zeros_like(dense_weight(self.calibration.modules[self.outs[name]]))
             full[:, columns.to(full.device)] = weight.to(full)
             new[self.outs[name]] = (full, None if bias is None else bias.to(full))
-        total = torch.zeros(2, dtype=torch.float64)
         with weights(self.calibration.model, new):
-            for batch, meant in zip(self.batches, self.meant, strict=True):
-                got = self._outputs(batch)
-                if self.is_logits:
-                    divergence = F.kl_div(got.log_softmax(-1), meant.log_softmax(-1), log_target=True, reduction="sum")
-                    total += torch.stack([divergence.double().cpu(), torch.tensor(float(len(got)), dtype=torch.float64)])
-                else:
-                    varies = (meant - meant.mean(0)).square().sum()
-                    total += torch.stack([(got - meant).square().sum(), varies]).double().cpu()
+            return self.now()
+
+    def now(self) -> float:
+        """The mean divergence of the model's predictions as it is now, or the error of other outputs per variance."""
+        total = torch.zeros(2, dtype=torch.float64)
+        for batch, meant in zip(self.batches, self.meant, strict=True):
+            got = self._outputs(batch)
+            if self.is_logits:
+                divergence = F.kl_div(got.log_softmax(-1), meant.log_softmax(-1), log_target=True, reduction="sum")
+                total += torch.stack([divergence.double().cpu(), torch.tensor(float(len(got)), dtype=torch.float64)])
+            else:
+                varies = (meant - meant.mean(0)).square().sum()
+                total += torch.stack([(got - meant).square().sum(), varies]).double().cpu()
         over_processes_(total)
         return float(total[0] / total[1].clamp_min(1e-12))
 

@@ -16,6 +16,7 @@ from transformers.utils import logging
 from ..edits import CompressionError
 from ..files import staged
 from ..measure import measure
+from ..pictures import PRUNED_FILE
 from ..plan import PLAN_FILE, Plan
 from ..report import REPORT_FILE, Report
 from .checks import check_output, check_owner, check_push_options, check_token, check_trainings, try_output
@@ -238,6 +239,8 @@ class Run:
                 model, plan = STEPS[step.name].run(step, self._load(i - 1), stage)
             shutil.rmtree(made, ignore_errors=True)
             self._save(model.to("cpu"), made)
+            if (scratch / "training" / PRUNED_FILE).is_file():
+                shutil.copyfile(scratch / "training" / PRUNED_FILE, made / PRUNED_FILE)
             model = self.setup.load(made)  # what is measured is what was saved
             scores = self._scores(model)
         except NotFinite as error:
@@ -391,6 +394,9 @@ class Run:
             shutil.copytree(last, stage, dirs_exist_ok=True, ignore=shutil.ignore_patterns(STEP_FILE))
             files = [str(path.relative_to(stage)) for path in stage.rglob("*") if path.is_file()]
             (stage / RECIPE_FILE).write_text(self.recipe.source.text, encoding="utf-8")
+            for folder in self.folders:  # what a step was pruned by, for the card
+                if (folder / PRUNED_FILE).is_file():
+                    shutil.copyfile(folder / PRUNED_FILE, stage / PRUNED_FILE)
             (stage / PLAN_FILE).write_text(json.dumps(plan.to_dict(), indent=1) + "\n")
             if (self.output / CARD_FILE).is_file():
                 shutil.copyfile(self.output / CARD_FILE, stage / CARD_FILE)

@@ -24,6 +24,7 @@ from ..exits import exit_options
 from ..exits.callback import EarlyExitCallback
 from ..exits.tune import tune_exits_
 from ..measure import measure
+from ..pictures import save_pruned
 from ..plan import Plan
 from ..planners import plan_depthwise, plan_low_rank, plan_quantization
 from ..pruning import plan_pruning
@@ -248,6 +249,7 @@ def _prune(step: Step, model: Any, stage: Stage) -> tuple[Any, Plan]:
         rows = list(setup.batches("train", step.options.get("calibration_samples", 512), size=32))
         pruned = prune_to(model, rows, **_targets(step), inputs=_typical(step, setup))
         logger.info(f"{step.name}: {pruned}")
+        save_pruned(stage.folder, pruned.to_dict())
         return model, pruned.plan
     batches: Any = calibration(step, setup)
     options = step.own(plan_pruning)
