@@ -77,7 +77,9 @@ def peers(folder: Path, model: Path, args: argparse.Namespace) -> dict[str, Any]
     paths = [str(installed(Path(args.output) / "torch-pruning").resolve()), str(Path(package.origin).parent.parent)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*paths, os.environ.get("PYTHONPATH", "")])}
     script = Path(__file__).with_name("torch_pruning_peer.py")
-    subprocess.run([sys.executable, str(script), str(folder / "request.json")], env=environment, check=True)
+    done = subprocess.run([sys.executable, str(script), str(folder / "request.json")], env=environment)
+    if done.returncode:
+        sys.exit(f"{script.name} ended with {done.returncode}; what it said is above. `--ways` takes out the one that failed.")
     return json.loads((folder / "answer.json").read_text())
 
 
