@@ -19,7 +19,6 @@ import json
 import os
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -64,17 +63,15 @@ def installed(folder: Path) -> Path:
     return folder
 
 
-def peers(folder: Path, model: Path, args: argparse.Namespace) -> dict[str, Any]:
-    """What torch_pruning_peer.py answers, with the models that it saved."""
+def peers(folder: Path, model: Path, package: Path, args: argparse.Namespace) -> dict[str, Any]:
+    """What torch_pruning_peer.py answers, with the models that it saved; `package` holds Torch-Pruning."""
     folder.mkdir(parents=True, exist_ok=True)
     request = {
         "model": str(model), "data": str(args.data), "sentences": args.sentences, "batch": args.batch, "length": args.length,
         "threads": args.threads, "speedups": args.speedups, "ways": args.ways,
     }  # fmt: skip
     (folder / "request.json").write_text(json.dumps(request, indent=1) + "\n")
-    package = find_spec("hf_compress")
-    assert package is not None and package.origin is not None
-    paths = [str(installed(Path(args.output) / "torch-pruning").resolve()), str(Path(package.origin).parent.parent)]
+    paths = [str(package.resolve()), str(Path(hc.__file__).parent.parent)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*paths, os.environ.get("PYTHONPATH", "")])}
     script = Path(__file__).with_name("torch_pruning_peer.py")
     done = subprocess.run([sys.executable, str(script), str(folder / "request.json")], env=environment)
@@ -148,6 +145,7 @@ def main() -> None:
     sst2.need(args.data)
     torch.set_num_threads(args.threads)
     source, output = args.model or sst2.packaged_minilm(), Path(args.output)
+    package = installed(output / "torch-pruning")  # first: without it, nothing is to be done
     tokenizer = AutoTokenizer.from_pretrained(source)
     splits = sst2.splits(args.data, tokenizer)
     collate = DataCollatorWithPadding(tokenizer)
@@ -165,7 +163,7 @@ def main() -> None:
         for one in hc.prune_family(dense, calibration(splits["train"], args.sentences, collate), args.speedups, inputs=inputs):
             small = hc.apply_(copy.deepcopy(dense), one.plan)
             models.append((OURS, one.asked, small, abs(one.achieved / one.asked - 1) <= equal_speed.WITHIN, one.sizes))
-        answer = peers(output / f"teacher-{seed}", home, args)
+        answer = peers(output / f"teacher-{seed}", home, package, args)
         for one in answer["models"]:
             file = output / f"teacher-{seed}" / one["file"]
             small = torch.load(file, weights_only=False)  # a model of our own, whole

@@ -68,7 +68,7 @@ def llama(folder: Path, rows: Rows, tokenizer: Any, args: Any, seed: int) -> Lla
         )  # fmt: skip
         model = LlamaForCausalLM(config)
         arguments = TrainingArguments(
-            str(folder.with_suffix(".run")), num_train_epochs=args.epochs, per_device_train_batch_size=16, learning_rate=2e-3,
+            str(folder.with_suffix(".run")), num_train_epochs=args.epochs, per_device_train_batch_size=8, learning_rate=2e-3,
             lr_scheduler_type="cosine", warmup_steps=50, weight_decay=0.1, save_strategy="no", report_to=[], seed=seed,
             use_cpu=not torch.cuda.is_available(), logging_steps=100,
         )  # fmt: skip
