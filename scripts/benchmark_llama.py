@@ -157,8 +157,8 @@ def table(found: list[dict[str, Any]], speedups: list[float]) -> str:
             cells = []
             for asked in speedups:
                 mine = [r for r in found if (r["way"], r["sizes of"], r["asked"]) == (way, sizes_of, asked)]
-                each = f" ({', '.join(format(r['ratio'], '.2f') for r in mine)})" if len(mine) > 1 else ""
-                cells.append(f"{fmean(r['ratio'] for r in mine):.2f}{each} at {fmean(r['speedup'] for r in mine):.2f}x")
+                each = f" ({', '.join(format(r['ratio'], '.3f') for r in mine)})" if len(mine) > 1 else ""
+                cells.append(f"{fmean(r['ratio'] for r in mine):.3f}{each} at {fmean(r['speedup'] for r in mine):.2f}x")
             lines.append(f"| {way} | {sizes_of} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

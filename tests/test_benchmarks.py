@@ -4,6 +4,7 @@ import importlib
 import json
 import types
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ def load(monkeypatch):
     return importlib.import_module
 
 
-def tiny():
+def tiny() -> Any:
     torch.manual_seed(0)
     config = T.LlamaConfig(
         vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=24,
@@ -81,7 +82,7 @@ def test_the_table_shows_means_and_every_seed(load):
         for kind in ("prune_to", "uniform") for ratio in (1.5, 2.5)
     ]  # fmt: skip
     shown = load("benchmark_llama").table(rows, [2.0]).splitlines()
-    assert shown[2] == "| Taylor | prune_to | 2.00 (1.50, 2.50) at 2.01x |" and len(shown) == 4
+    assert shown[2] == "| Taylor | prune_to | 2.000 (1.500, 2.500) at 2.01x |" and len(shown) == 4
 
 
 def test_perplexity_is_that_of_every_token_but_the_first(load):
