@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from typing import Any
 
@@ -131,6 +131,24 @@ def patches(conv: Any, x: torch.Tensor) -> torch.Tensor:
     for dim, (size, step, gap) in enumerate(zip(conv.kernel_size, conv.stride, conv.dilation, strict=True), 2):
         x = x.unfold(dim, gap * (size - 1) + 1, step)[..., ::gap]
     return x.movedim(1, -1).reshape(-1, torch.Size(conv.kernel_size).numel() * x.shape[1])
+
+
+def spread(batches: Sequence[Mapping[str, Any]], rows: int) -> list[int]:
+    """Which batches to take for about so many rows: evenly spaced, since people sort by length.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from hf_compress.grams import spread
+    >>> spread([{"input_ids": torch.ones(64, 8)}] * 8, rows=256)
+    [1, 3, 5, 7]
+
+    ```
+    """
+    there = sum(next((len(v) for v in batch.values() if isinstance(v, torch.Tensor) and v.ndim), 1) for batch in batches)
+    count = min(len(batches), max(1, round(len(batches) * rows / max(there, 1))))
+    return [int((i + 0.5) * len(batches) / count) for i in range(count)]
 
 
 def unlabelled(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:

@@ -26,6 +26,7 @@ import torch
 from tqdm.auto import tqdm
 
 from ..edits import CompressionError
+from ..grams import spread
 from ..probe import quiet_run, tensors_in
 from .calibrate import Calibration, over_processes_
 
@@ -38,7 +39,7 @@ def sensitivities(calibration: Calibration) -> dict[str, torch.Tensor]:
 
     Blocks on which the outputs do not depend are left out (the last layer of a tower of which another one is read).
 
-    One backward pass for each batch, up to 256 rows.
+    One backward pass for each batch, of about 256 rows.
     """
     model = calibration.model
     squares: dict[str, torch.Tensor] = {}
@@ -64,9 +65,9 @@ def sensitivities(calibration: Calibration) -> dict[str, torch.Tensor]:
             module = calibration.modules[block.out]
             stack.callback(module.register_forward_hook(lambda _m, _a, o, b=block: watch(b, o)).remove)
         stack.enter_context(torch.enable_grad())
-        for i, batch in enumerate(tqdm(calibration.batches, desc="sensitivity", leave=False, disable=None, delay=3)):
-            if examples >= ROWS:
-                break
+        some = spread(calibration.batches, ROWS)
+        for i in tqdm(some, desc="sensitivity", leave=False, disable=None, delay=3):
+            batch = calibration.batches[i]
             now[0], examples = i, examples + len(_first(batch))
             try:
                 outputs = run(calibration.placed(batch))

@@ -17,9 +17,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
+from ..grams import spread
 from ..modules import dense_weight
 from ..probe import quiet_run, tensors_in
 from .calibrate import Calibration, over_processes_, weights
@@ -70,7 +72,7 @@ def tune(
         if sizes is None or tuple(sizes.values()) in seen:
             continue
         seen.add(tuple(sizes.values()))
-        loss = run.loss(sizes)
+        loss = run.loss(sizes, least)
         progress.update()
         progress.set_postfix_str(f"loss {min(loss, least):.4g}")
         if loss < least:
@@ -101,15 +103,12 @@ class Stitched:
     def __init__(self, calibration: Calibration, database: Database) -> None:
         self.calibration, self.database = calibration, database
         self.outs = {block.name: block.out for block in calibration.blocks}
-        self.batches, rows = [], 0
-        for batch in calibration.batches:
-            if rows >= ROWS:
-                break
-            self.batches.append(batch)
-            rows += len(next(value for value in batch.values() if isinstance(value, torch.Tensor) and value.ndim))
+        self.batches = [calibration.batches[i] for i in spread(calibration.batches, ROWS)]
         self.meant = [self._outputs(batch) for batch in self.batches]
+        # what sums of losses are divided by: rows, or what the outputs vary by
+        self.of = float(sum(len(t) if self.is_logits else (t - t.mean(0)).square().sum() for t in self.meant))
 
-    def loss(self, sizes: Mapping[str, int]) -> float:
+    def loss(self, sizes: Mapping[str, int], most: float = float("inf")) -> float:
         """What is lost with these sizes; see `now`."""
         new: dict[str, tuple[torch.Tensor, torch.Tensor | None]] = {}
         for name, size in sizes.items():
@@ -120,19 +119,25 @@ class Stitched:
             full[:, columns.to(full.device)] = weight.to(full)
             new[self.outs[name]] = (full, None if bias is None else bias.to(full))
         with weights(self.calibration.model, new):
-            return self.now()
+            return self.now(most)
 
-    def now(self) -> float:
-        """The mean divergence of the model's predictions as it is now, or the error of other outputs per variance."""
+    def now(self, most: float = float("inf")) -> float:
+        """The mean divergence of the model's predictions as it is now, or the error of other outputs per variance.
+
+        Once it must be above `most`, no more rows are run, and it is infinite.
+        """
         total = torch.zeros(2, dtype=torch.float64)
+        alone = not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1)
         for batch, meant in zip(self.batches, self.meant, strict=True):
             got = self._outputs(batch)
             if self.is_logits:
-                divergence = F.kl_div(got.log_softmax(-1), meant.log_softmax(-1), log_target=True, reduction="sum")
-                total += torch.stack([divergence.double().cpu(), torch.tensor(float(len(got)), dtype=torch.float64)])
+                lost = F.kl_div(got.log_softmax(-1), meant.log_softmax(-1), log_target=True, reduction="sum")
             else:
-                varies = (meant - meant.mean(0)).square().sum()
-                total += torch.stack([(got - meant).square().sum(), varies]).double().cpu()
+                lost = (got - meant).square().sum()
+            total[0] += float(lost)
+            if alone and float(total[0]) > most * self.of:  # sums only grow
+                return float("inf")
+        total[1] = self.of
         over_processes_(total)
         return float(total[0] / total[1].clamp_min(1e-12))
 
