@@ -74,10 +74,13 @@ def healed(dense: Any, args: Any, rows: sst2.Rows, collate: Any, inputs: Any, se
     """Pruned in stages while the dense model teaches, then trained on."""
     set_seed(seed)
     model = copy.deepcopy(dense)
-    prune = hc.PruningCallback(speedup=args.heal_speedup, inputs=inputs, start=args.start, end=args.end, rows=args.sentences)
+    prune = hc.PruningCallback(
+        speedup=args.heal_speedup, inputs=inputs, schedule=args.schedule, start=args.start, end=args.end, rows=args.sentences
+    )  # fmt: skip
     arguments = hc.DistillationArguments(
         str(Path(args.output) / f"healed-{seed}"), num_train_epochs=args.heal, per_device_train_batch_size=32,
-        learning_rate=args.rate, save_strategy="no", report_to=[], seed=seed, alpha_task=0.5, alpha_kd=0.5, temperature=2.0,
+        learning_rate=args.rate, save_strategy="no", report_to=[], seed=seed, alpha_task=args.task, alpha_kd=1 - args.task,
+        temperature=2.0,
     )  # fmt: skip
     trainer = hc.DistillationTrainer(model, arguments, train_dataset=rows, data_collator=collate, callbacks=[prune])
     trainer.train()
@@ -100,7 +103,9 @@ def main() -> None:
     parser.add_argument("--heal-speedup", type=float, default=3.0)
     parser.add_argument("--start", type=float, default=0.0, help="of the training, where the first stage is")
     parser.add_argument("--end", type=float, default=0.4, help="and the last")
-    parser.add_argument("--rate", type=float, default=1e-4, help="learning rate while it heals")
+    parser.add_argument("--schedule", default="one_shot", help="of the stages; one_shot prunes at the start, then heals")
+    parser.add_argument("--rate", type=float, default=3e-4, help="learning rate while it heals")
+    parser.add_argument("--task", type=float, default=0.0, help="weight of the labels while it heals; the teacher has the rest")
     parser.add_argument("--bits", type=int, default=0, help="and quantize what is healed: 8 or 4")
     args = parser.parse_args()
     sst2.need(args.data)

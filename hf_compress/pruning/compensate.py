@@ -100,8 +100,8 @@ def curves(
                 regression = Regression(moments[block.name], dense_weight(module), bias, damping)
                 scale = None if scales is None else scales[block.name]
                 order, errors = removals(regression, units_of(block), scale)
-                for size in () if grids is None or database is None else grids[block.name]:
-                    if 0 < size < len(order):
+                for size in (grids or {}).get(block.name, ()):
+                    if database is not None and 0 < size < len(order):
                         columns = torch.isin(units_of(block), order[len(order) - size :]).nonzero().flatten()
                         weight, shift = regression.solve(columns)
                         database[block.name, size] = columns, weight.to(torch.bfloat16).cpu(), shift

@@ -131,12 +131,6 @@ class Prices:
         sizes, achieved, interval, self.bias = of_the_first(lambda: self._fit(losses, ratio, rough))
         return sizes, achieved, interval
 
-    def is_as_near(self, achieved: float, other: float, ratio: float) -> bool:
-        """Whether what is achieved meets a target, or comes as near to it as another does."""
-        off = max(0.0, 1 - achieved / ratio)
-        enough = WITHIN if self.target == "speedup" and not self.is_predicted else 0.0
-        return off <= max(enough, 1 - other / ratio)
-
     def sizes(self, losses: Mapping[str, Mapping[int, float]], ratio: float) -> dict[str, int] | None:
         """Sizes that should meet a target, by the costs as far as they were corrected; None where none do."""
         aim = _ratio(self.bias * _share(ratio))

@@ -264,27 +264,28 @@ def _chosen(
     tries: int,
     damping: float,
 ) -> tuple[dict[str, int], float, Any, Plan, dict[str, float]]:
-    """Sizes that meet a target, and the plan: of what the losses say, or of what tuned ones do, whichever then loses less."""
-    fits = [prices.fit(losses, ratio)]
-    short = prices.falls_short(*fits[0][:2], ratio)
+    """Sizes that meet a target, and the plan: by the losses as they are, or tuned, whichever then loses less."""
+
+    def plan_of(sizes: Mapping[str, int]) -> tuple[Plan, dict[str, float]]:
+        less = {b.name: sizes[b.name] for b in calibration.blocks if sizes[b.name] < count_units(b)}
+        return compensated(calibration, less, damping)
+
+    made: dict[tuple[int, ...], tuple[Plan, dict[str, float]]] = {}
+    if database is not None:
+        first, *_ = prices.fit(losses, ratio, rough=True)  # also says how far the costs are off
+        tuned = tune(calibration, database, losses, lambda of: prices.sizes(of, ratio), tries)
+        other = prices.sizes(tuned, ratio)
+        if other is not None and other != first:
+            # the database says of other layers what they were before anything was cut, so the plans themselves are compared
+            run = Stitched(calibration, database)
+            found = []
+            for sizes in (first, other):
+                made[tuple(sizes.values())] = plan, _ = plan_of(sizes)
+                with mask_(calibration.model, plan):
+                    found.append(run.now())
+            losses = tuned if found[1] < found[0] else losses
+    sizes, achieved, interval = prices.fit(losses, ratio)
+    short = prices.falls_short(sizes, achieved, ratio)
     if short is not None:
         raise CompressionError(short)
-    if database is not None:
-        tuned = tune(calibration, database, losses, lambda of: prices.sizes(of, ratio), tries)
-        other = prices.fit(tuned, ratio)
-        if other[0] != fits[0][0] and prices.is_as_near(other[1], fits[0][1], ratio):
-            fits.append(other)
-    counts = {block.name: count_units(block) for block in calibration.blocks}
-    plans = []
-    for sizes, _, _ in fits:
-        less = {name: sizes[name] for name, count in counts.items() if sizes[name] < count}
-        plans.append(compensated(calibration, less, damping))
-    best = 0
-    if len(plans) > 1:  # what the database says of other layers is what they were before anything was cut
-        run = Stitched(calibration, database or {})
-        found = []
-        for plan, _ in plans:
-            with mask_(calibration.model, plan):
-                found.append(run.now())
-        best = found.index(min(found))
-    return *fits[best], *plans[best]
+    return sizes, achieved, interval, *(made.get(tuple(sizes.values())) or plan_of(sizes))
