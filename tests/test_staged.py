@@ -33,7 +33,7 @@ def test_without_learning_it_is_prune_to(family, tmp_path):
     batches = [{k: v for k, v in batch.items() if k != "labels"} for batch in batches]
     model.eval()
     once = copy.deepcopy(model)
-    pruned = hc.prune_to(once, batches, parameters=1.3)
+    pruned = hc.prune_to(once, batches, parameters=1.3, tries=0)  # a stage takes the losses as they are
     prune = hc.PruningCallback(parameters=1.3, method="obs", schedule="one_shot", batches=batches)
     if family in ("bert", "vit"):
         t = trainer(tmp_path, [prune], family, model=model, learning_rate=0.0, weight_decay=0.0, max_steps=3)

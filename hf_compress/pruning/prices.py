@@ -64,7 +64,7 @@ class Prices:
         self.is_predicted = table is not None
         self.bias = 1.0  # of the table: the share that is asked of it, of the share that is to go
         if target == "speedup":
-            known: LatencyTable = table or of_the_first(lambda: latency_table(model, inputs, blocks, proved))
+            known: LatencyTable = of_the_first(lambda: table or latency_table(model, inputs, blocks, proved))
             unknown = [block.name for block in blocks if block.name not in known.times]
             wrong = [b.name for b in blocks if b.name in known.times and max(known.times[b.name]) != count_units(b)]
             if unknown or wrong:
