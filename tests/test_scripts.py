@@ -174,7 +174,8 @@ def results(given, tmp_path_factory):
 
     with ThreadPoolExecutor(2) as pool:
         for done in pool.map(start, LAUNCHERS):
-            assert done.returncode == 0, done.stderr[-16000:]  # a process that stops takes the others down, with pages of traces
+            # a process that stops takes the others down, with pages of traces
+            assert done.returncode == 0, done.stderr[-16000:]
     return outputs
 
 
