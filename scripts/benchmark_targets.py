@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from transformers import (
 )
 
 import hf_compress as hc
-from hf_compress.timing import speedup_of, take_turns
+from hf_compress.timing import steady_speedup
 
 PAIRS = 20
 CALIBRATION = 4  # batches of 32
@@ -66,20 +66,6 @@ def batch_of(model: Any, rows: int, length: int, seed: int) -> dict[str, torch.T
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
-@torch.no_grad()
-def timed(small: Any, dense: Any, inputs: Any, most: float) -> tuple[float, tuple[float, float], int]:
-    """The speed-up, its interval, and how many pairs of runs it took."""
-    times: list[list[float]] = [[], []]
-    start = time.perf_counter()
-    while True:
-        more = take_turns([lambda: small(**inputs), lambda: dense(**inputs)], PAIRS, 0 if times[0] else 3)
-        times = [own + new for own, new in zip(times, more, strict=True)]
-        speedup, interval = speedup_of(times)
-        assert speedup is not None and interval is not None
-        if max(interval[1] - speedup, speedup - interval[0]) <= 0.01 * speedup or time.perf_counter() - start > most:
-            return speedup, interval, len(times[0])
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
@@ -107,7 +93,9 @@ def main() -> None:
                     found.append({"model": name, "batch": rows, "asked": wanted.pop(), "refused": str(error)})
             for pruned in family:
                 small = hc.apply_(copy.deepcopy(dense), pruned.plan)
-                speedup, interval, pairs = timed(small, dense, inputs, args.most)
+                runs = [partial(m, **inputs) for m in (small, dense)]
+                with torch.no_grad():
+                    speedup, interval, pairs = steady_speedup(*runs, pairs=PAIRS, width=0.01, longest=args.most)
                 row = {
                     "model": name,
                     "batch": rows,

@@ -14,6 +14,7 @@ import torch
 import transformers as T
 
 import hf_compress as hc
+from hf_compress import timing
 from hf_compress.compensation import is_plain
 from hf_compress.discover import discover
 from hf_compress.pruning import latency, prices
@@ -357,7 +358,7 @@ def test_the_budget_is_corrected_until_what_is_measured_is_what_was_asked(monkey
         tries.append(small)
         return small
 
-    monkeypatch.setattr(prices, "take_turns", clock)
+    monkeypatch.setattr(timing, "take_turns", clock)
     monkeypatch.setattr(prices, "shrunk", note)
     table = made_up(model, rest=0.0)
     monkeypatch.setattr(prices, "latency_table", lambda *args, **kwargs: table)
@@ -565,7 +566,7 @@ def test_a_table_that_promises_too_little_is_not_believed(monkeypatch, tmp_path)
         return small
 
     monkeypatch.setattr(prices, "shrunk", note)
-    monkeypatch.setattr(prices, "take_turns", take_turns)
+    monkeypatch.setattr(timing, "take_turns", take_turns)
     monkeypatch.setattr(prices, "LONGEST", 0.0)
     pruned = hc.prune_to(copy.deepcopy(model), batches, speedup=1.5)
     assert pruned.achieved == pytest.approx(1.5, rel=prices.WITHIN)

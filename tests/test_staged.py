@@ -13,6 +13,7 @@ import torch
 import transformers as T
 
 import hf_compress as hc
+from hf_compress import timing
 from hf_compress.masking import masks_in
 from hf_compress.modules import is_gated
 from hf_compress.pruning import latency
@@ -135,7 +136,6 @@ def test_killed_and_resumed_it_ends_as_if_nothing_had_happened(tmp_path):
 
 def test_a_speedup_is_timed_on_cut_copies(monkeypatch, tmp_path):
     """With a clock that counts what is computed, what each stage achieves is known."""
-    from hf_compress.pruning import prices
 
     monkeypatch.setattr(latency, "FOLDER", tmp_path / "tables")
     widths = []
@@ -154,7 +154,7 @@ def test_a_speedup_is_timed_on_cut_copies(monkeypatch, tmp_path):
         return times
 
     monkeypatch.setattr(latency, "take_turns", take_turns)
-    monkeypatch.setattr(prices, "take_turns", take_turns)
+    monkeypatch.setattr(timing, "take_turns", take_turns)
     prune = hc.PruningCallback(speedup=1.5, inputs=texts()[0], **WHOLE)
     t = trainer(tmp_path, [prune], model=bert())
     dense = sum(m.weight.numel() for m in t.model.modules() if isinstance(m, torch.nn.Linear))

@@ -18,10 +18,10 @@ from ..edits import KeepHeads, KeepNeurons
 from ..modules import dense_weight
 from ..plan import Plan
 from .calibrate import Calibration, weights
+from .search import Database
 from .select import heads_of, units_of
 from .sensitivity import sensitivities
 from .surgeon import Moments, Regression, removals
-from .tuned import Database
 
 logger = logging.get_logger(__name__)
 

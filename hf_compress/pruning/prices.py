@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -13,7 +12,7 @@ from ..cutting import Block, Variant
 from ..edits import CompressionError
 from ..measure import macs_of, numbers_of
 from ..probe import quiet_run
-from ..timing import speedup_of, take_turns
+from ..timing import steady_speedup
 from .calibrate import of_the_first
 from .compensate import has_own_weights
 from .latency import LatencyTable, grid, latency_table, shrunk
@@ -175,19 +174,17 @@ class Prices:
         small = shrunk(self.model, "", [(block, sizes[block.name]) for block in self.blocks], self.proved)
         if self.target != "speedup":
             return self.total / self._count(small), None
-        start = time.perf_counter()
         with quiet_run(self.model) as dense, quiet_run(small) as run:
-            runs: list[Callable[[], Any]] = [lambda: run(self.inputs), lambda: dense(self.inputs)]
-            times: list[list[float]] = [[], []]
-            while True:
-                for own, more in zip(times, take_turns(runs, PAIRS, 0 if times[0] else 2), strict=True):
-                    own += more
-                speedup, interval = speedup_of(times)
-                assert speedup is not None and interval is not None
-                wide = max(interval[1] - speedup, speedup - interval[0]) / speedup
+            speedup, interval, _ = steady_speedup(
+                lambda: run(self.inputs),
+                lambda: dense(self.inputs),
+                pairs=PAIRS,
+                width=WIDTH,
+                longest=longest,
                 # how far off is known well enough: other sizes are tried before these are timed for long
-                if wide <= WIDTH or abs(speedup / ratio - 1) > WITHIN + wide or time.perf_counter() - start > longest:
-                    return speedup, interval
+                is_enough=lambda speedup, wide: abs(speedup / ratio - 1) > WITHIN + wide,
+            )
+            return speedup, interval
 
     def _cannot(self, ratio: float, most: float) -> str:
         return (

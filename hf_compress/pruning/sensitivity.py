@@ -91,10 +91,16 @@ def _draw_for(batch: Mapping[str, Any]) -> torch.Generator:
     return torch.Generator().manual_seed(zlib.crc32(content.numpy().tobytes()))
 
 
+def logits_of(outputs: Any) -> torch.Tensor | None:
+    """What a model predicts with, over several classes; None where its outputs are something else."""
+    logits = outputs.get("logits") if hasattr(outputs, "get") else None
+    return logits if isinstance(logits, torch.Tensor) and logits.shape[-1] > 1 else None
+
+
 def projected(outputs: Any, draw: torch.Generator) -> torch.Tensor:
     """`v' z` of the module's docstring, summed over rows."""
-    logits = outputs.get("logits") if hasattr(outputs, "get") else None
-    if isinstance(logits, torch.Tensor) and logits.shape[-1] > 1:
+    logits = logits_of(outputs)
+    if logits is not None:
         root = (logits.detach().float() / TEMPERATURE).softmax(-1).sqrt()
         sign = torch.randint(0, 2, root.shape, generator=draw).to(root) * 2 - 1
         v = root * sign - root.square() * (root * sign).sum(-1, keepdim=True)

@@ -22,8 +22,8 @@ from .calibrate import Calibration
 from .compensate import DAMPING, compensated, losses_of
 from .latency import LatencyTable, grid
 from .prices import Prices, blocks_for
+from .search import TRIES, Database, Losses, Stitched, is_small, tune
 from .select import count_units, trial_plan, unit_of
-from .tuned import TRIES, Database, Losses, Stitched, is_small, tune
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ def prune_to(
        weighed by how much the model's predictions depend on it (`pruning.sensitivity`).
     2. What every block costs at every size: measured on `inputs`, on this machine (`pruning.latency`).
     3. The sizes that lose least for the cost (`pruning.solver`), with weights of the blocks tuned on what a model of such
-       sizes loses on the batches (`pruning.tuned`); a model of these sizes is timed beside the dense one, and others are
+       sizes loses on the batches (`pruning.search`); a model of these sizes is timed beside the dense one, and others are
        chosen until what is achieved is what was asked, within 2%.
     4. Layer by layer, the units that go, and new weights for those that stay (`pruning.compensate`).
 

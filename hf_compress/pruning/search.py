@@ -26,6 +26,7 @@ from ..modules import dense_weight
 from ..probe import quiet_run, tensors_in
 from .calibrate import Calibration, over_processes_, weights
 from .select import units_of
+from .sensitivity import logits_of
 
 TRIES = 100
 ROWS = 256  # examples in each process
@@ -147,9 +148,9 @@ class Stitched:
         batch = self.calibration.placed(batch)
         with quiet_run(self.calibration.model) as run:
             outputs = run(batch)
-        logits = outputs.get("logits") if hasattr(outputs, "get") else None
-        self.is_logits = isinstance(logits, torch.Tensor) and logits.shape[-1] > 1
-        value: Any = logits if self.is_logits else next(t for _, t in tensors_in(outputs))
+        logits = logits_of(outputs)
+        self.is_logits = logits is not None
+        value = next(t for _, t in tensors_in(outputs)) if logits is None else logits
         mask = batch.get("attention_mask")
         if isinstance(mask, torch.Tensor) and value.ndim == 3 and mask.shape == value.shape[:2]:
             return value[mask.bool()].float()

@@ -8,7 +8,7 @@ import transformers as T
 
 import hf_compress as hc
 from hf_compress.discover import discover
-from hf_compress.pruning import solver, tuned
+from hf_compress.pruning import search, solver
 from hf_compress.pruning.calibrate import Calibration
 from hf_compress.pruning.compensate import losses_of
 from hf_compress.pruning.latency import grid
@@ -19,7 +19,7 @@ from tests.test_prune_to import bert, blocks_of, first, made_up, several, texts
 def database_of(model, batches):
     calibration = Calibration(model, discover(model), blocks_of(model), batches)
     grids = {block.name: grid(block) for block in calibration.blocks}
-    database: tuned.Database = {}
+    database: search.Database = {}
     found = losses_of(calibration, 0.01, grids, database)
     return calibration, database, {name: curve.at(grids[name]) for name, curve in found.items()}
 
@@ -30,7 +30,7 @@ def test_what_is_put_together_is_the_model_with_these_projections(family):
     model, batches = (bert(), texts()) if family == "bert" else several(family)
     calibration, database, losses = database_of(model, batches)
     sizes = {name: sorted(of)[len(of) // 2] for name, of in losses.items()}
-    found = tuned.Stitched(calibration, database).loss(sizes)
+    found = search.Stitched(calibration, database).loss(sizes)
     assert found > 0
     double = copy.deepcopy(model)
     for block in blocks_of(model):
@@ -59,7 +59,7 @@ def test_what_is_put_together_is_the_model_with_these_projections(family):
                 sums[1] += float((meant - meant.mean(0)).square().sum())
     assert found == pytest.approx(sums[0] / sums[1], rel=2e-3)
     whole = {name: max(of) for name, of in losses.items()}
-    assert tuned.Stitched(calibration, database).loss(whole) == pytest.approx(0.0, abs=1e-6)
+    assert search.Stitched(calibration, database).loss(whole) == pytest.approx(0.0, abs=1e-6)
 
 
 def test_better_sizes_are_found_where_the_losses_of_blocks_mislead():
@@ -75,12 +75,12 @@ def test_better_sizes_are_found_where_the_losses_of_blocks_mislead():
         fixed = table.total - sum(times[max(times)] for times in table.times.values())
         return solver.solve(of, {name: table.times[name] for name in of}, table.total / 2, fixed)
 
-    run = tuned.Stitched(calibration, database)
-    before, after = solve(misled), solve(tuned.tune(calibration, database, misled, solve, 40))
+    run = search.Stitched(calibration, database)
+    before, after = solve(misled), solve(search.tune(calibration, database, misled, solve, 40))
     assert run.loss(after) < 0.8 * run.loss(before)
-    assert solve(tuned.tune(calibration, database, misled, solve, 0)) == before
-    assert solve(tuned.tune(calibration, database, misled, solve, 40)) == after  # the same each time
-    assert tuned.tune(calibration, database, misled, lambda of: None, 5) == misled
+    assert solve(search.tune(calibration, database, misled, solve, 0)) == before
+    assert solve(search.tune(calibration, database, misled, solve, 40)) == after  # the same each time
+    assert search.tune(calibration, database, misled, lambda of: None, 5) == misled
 
 
 def test_the_model_is_left_as_it_was_and_the_target_is_met():
@@ -105,10 +105,10 @@ def test_a_database_that_would_be_too_large_is_not_made(monkeypatch):
     grids = {block.name: grid(block) for block in calibration.blocks}
     heads, neurons = (sum(grids[name]) for name in ("bert.encoder.layer.0.attention.self", "bert.encoder.layer.0"))
     numbers = 3 * 32 * (8 * heads + neurons)  # outputs x columns
-    monkeypatch.setattr(tuned, "MOST", 2 * numbers)
-    assert tuned.is_small(calibration, grids)
-    monkeypatch.setattr(tuned, "MOST", 2 * numbers - 1)
-    assert not tuned.is_small(calibration, grids)
+    monkeypatch.setattr(search, "MOST", 2 * numbers)
+    assert search.is_small(calibration, grids)
+    monkeypatch.setattr(search, "MOST", 2 * numbers - 1)
+    assert not search.is_small(calibration, grids)
     monkeypatch.setattr(hc.pruning.target, "tune", lambda *_: pytest.fail("there is no database"))
     hc.prune_family(model, texts(), [1.8], table=made_up(model))
 
