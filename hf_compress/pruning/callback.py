@@ -26,8 +26,10 @@ from ..host import (
 from ..plan import Plan
 from ..publish import card_in_
 from ..refusals import check_adapters
+from .rate import check_restarts, restart_
 from .run import PruningRun
 from .schedules import SCHEDULES, check_schedule
+from .search import TRIES
 from .select import check_options, check_seed
 from .staged import TARGETS, StagedRun
 from .target import one_target
@@ -84,6 +86,12 @@ class PruningCallback(TrainerCallback, ExportableState):
         batches (`Iterable[dict]`, *optional*): what a target is calibrated on, in each process its share; by default rows of
             the training data.
         rows (`int`, defaults to 512): how many of them.
+        tries (`int`, defaults to 100): choices of sizes that the last stage of a target runs, and a quarter as many before; 0
+            takes the first. See `prune_to`.
+        restart_rate (`bool`, defaults to `False`): let the learning-rate schedule begin anew over the steps that are left, when
+            full sparsity is reached; with a target, at every stage (Renda, Frankle and Carbin 2020, *Comparing rewinding and
+            fine-tuning*, arXiv:2003.02389). A rate that has almost run out heals little. For schedules that are a `LambdaLR`,
+            as those of transformers are.
 
     Raises:
         CompressionError: at construction, options that mean nothing; when training begins, a model that cannot be cut
@@ -123,6 +131,8 @@ class PruningCallback(TrainerCallback, ExportableState):
         method: str | None = None,
         batches: Iterable[Mapping[str, Any]] | None = None,
         rows: int = 512,
+        tries: int = TRIES,
+        restart_rate: bool = False,
     ) -> None:
         check_options(heads, neurons, score, scope, round_to, uniform, training=True)
         targets = {"speedup": speedup, "macs": macs, "parameters": parameters, "bytes": bytes}
@@ -150,6 +160,10 @@ class PruningCallback(TrainerCallback, ExportableState):
             )
         if type(rows) is not int or rows < 1:
             raise CompressionError(f"rows is a number of training rows >= 1 to calibrate on, got {rows!r}.")
+        if type(tries) is not int or tries < 0:
+            raise CompressionError(f"tries is how many choices of sizes are run, 0 or more, got {tries!r}.")
+        if not isinstance(restart_rate, bool):
+            raise CompressionError(f"restart_rate must be True or False, got {restart_rate!r}.")
         if batches is not None and not aims:
             raise CompressionError("batches are for second-order pruning; give them with a target (speedup=).")
         if not isinstance(smoothing, int | float) or not 0 <= smoothing < 1:
@@ -174,6 +188,8 @@ class PruningCallback(TrainerCallback, ExportableState):
             "seed": seed,
             **targets,
             "rows": rows,
+            "tries": tries,
+            "restart_rate": restart_rate,
         }
         self.saved: dict[str, Any] | None = None  # what a checkpoint gave back, until training begins
         self.plan: Plan | None = None  # what was cut, once training has ended
@@ -190,7 +206,7 @@ class PruningCallback(TrainerCallback, ExportableState):
 
     # --- events ------------------------------------------------------------------------------------------------
 
-    def on_train_begin(self, args, state, control, model=None, **kwargs):
+    def on_train_begin(self, args, state, control, model=None, lr_scheduler=None, **kwargs):
         if model is None:
             raise CompressionError("PruningCallback was given no model: add it to a Trainer.")
         trainer = calling_trainer()
@@ -215,6 +231,8 @@ class PruningCallback(TrainerCallback, ExportableState):
             run = StagedRun(model, self.options, state.max_steps, trainer, self.inputs, self.batches)
         else:
             run = PruningRun(model, self.options, state.max_steps, trainer, self.inputs)
+        if self.options["restart_rate"]:
+            check_restarts(lr_scheduler)
         run.check()
         if getattr(args, "torch_compile", False):
             torch.compiler.reset()  # graphs of an evaluation before training know no gates
@@ -222,6 +240,8 @@ class PruningCallback(TrainerCallback, ExportableState):
         def enter() -> None:
             if self._run is None:
                 self._run = run
+                if self.options["restart_rate"]:
+                    run.undo = restart_(lr_scheduler, run.restarts(), state.max_steps)
                 run.begin(saved)
 
         if trainer is None:
@@ -254,6 +274,7 @@ class PruningCallback(TrainerCallback, ExportableState):
                 "Set `end` lower, or train longer."
             )
             run.finish()
+        run.undo()
         run.warn_if_off()
         self.stages = run.stages
         self.plan = run.cut(optimizer)
@@ -275,4 +296,5 @@ class PruningCallback(TrainerCallback, ExportableState):
         if run is not None:
             if run.trainer is not None:
                 unguard(run.trainer)
+            run.undo()
             run.abandon()

@@ -24,7 +24,7 @@ logger = logging.get_logger(__name__)
 WITHIN = 0.02  # of what was asked: then no other sizes are tried
 WIDTH = 0.01  # of the interval, to either side
 PAIRS = 15  # of runs, before it is asked whether they are enough
-LONGEST = 60.0  # seconds that a model of some sizes is timed
+LONGEST = 30.0  # seconds that a model of some sizes is timed
 SHORT = 8.0  # of one on the way to another
 TRIES = 6  # of sizes
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -74,6 +74,7 @@ class PruningRun:
         self.proved: dict[str, Variant] = {}
         self.records: list[tuple[PreTrainedModel, Any]] = []
         self.gated_before: dict[str, torch.Tensor | None] = {}
+        self.undo: Callable[[], None] = lambda: None  # what was done to the learning rate
 
     def _score(self) -> Score:
         return SCORES[self.options["score"]]
@@ -221,6 +222,10 @@ class PruningRun:
         self._mask(progress)
         self.is_full = progress >= 1.0
         return self.is_full
+
+    def restarts(self) -> list[int]:
+        """The steps after which a learning rate begins anew: when all has been removed."""
+        return [self.last]
 
     def finish(self) -> None:
         self._mask(1.0)

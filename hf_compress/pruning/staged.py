@@ -22,12 +22,14 @@ from ..plan import Plan
 from ..probe import NoInputs
 from ..structural import copy_of
 from .calibrate import Calibration
-from .compensate import DAMPING, compensated, losses_of
+from .choose import choose
+from .compensate import DAMPING, losses_of
 from .latency import cut_copy
 from .prices import Prices, blocks_for
 from .run import PruningRun
 from .schedules import ratio_at
 from .scores import Score
+from .search import Database, is_small
 from .select import count_units, unit_of, units_of
 
 logger = logging.get_logger(__name__)
@@ -89,6 +91,13 @@ class StagedRun(PruningRun):
         self.prices.check(self.ratio)
         self.prices.model = self.model  # the copy may go
 
+    def restarts(self) -> list[int]:
+        """At every stage that removes something."""
+        wide = max(1, self.last - self.first)
+        steps = range(self.first, self.last, self.every)
+        schedule = self.options["schedule"]
+        return [*(s for s in steps if ratio_at(schedule, (s - self.first) / wide, self.ratio) > 1), self.last]
+
     def _copy(self) -> nn.Module:
         """The model without gates, and without what a Trainer puts around its forward."""
         double = copy_of(self.model)
@@ -112,29 +121,31 @@ class StagedRun(PruningRun):
         own = {block.name: block for block in (*structure.attentions, *structure.own_ffns)}
         assert self.batches is not None
         calibration = Calibration(small, structure, [own[block.name] for block in self.blocks], self.batches)
+        # stages on the way are not the last word: a quarter of the tries
+        tries = self.options["tries"] if progress >= 1 else self.options["tries"] // 4
+        grids = {name: sorted(of) for name, of in self.prices.costs.items()}
+        database: Database | None = {} if tries and is_small(calibration, grids) else None
         with torch.enable_grad():
-            found = losses_of(calibration)
+            found = losses_of(calibration, DAMPING, grids, database)
         there = {name: len(units) for name, units in alive.items()}
         losses = {name: found[name].at(self.prices.costs[name]) if name in found else {n: 0.0} for name, n in there.items()}
-        sizes, achieved, interval = self.prices.fit(losses, asked, rough=progress < 1)
-        less = {name: size for name, size in sizes.items() if size < there[name]}
-        plan, lost = compensated(calibration, less, DAMPING)
+        chosen = choose(calibration, self.prices, losses, database, asked, tries, DAMPING, rough=progress < 1)
         self.prices.model = self.model  # the copy may go
-        tensors = plan.tensors or {}
+        tensors = chosen.plan.tensors or {}
         for block in self.blocks:
-            if block.name in less:
-                kept = self._kept(plan, block.name, own[block.name])
+            if block.name in chosen.lost:
+                kept = self._kept(chosen.plan, block.name, own[block.name])
                 self._put(block, alive[block.name][kept], tensors)
         self._write_gates()
         self.stages.append({
             "asked": asked,
-            "achieved": achieved,
-            "interval": None if interval is None else list(interval),
-            "sizes": {block.name: [sizes[block.name], count_units(block)] for block in self.blocks},
-            "losses": lost,
+            "achieved": chosen.achieved,
+            "interval": None if chosen.interval is None else list(chosen.interval),
+            "sizes": {block.name: [chosen.sizes[block.name], count_units(block)] for block in self.blocks},
+            "losses": chosen.lost,
             "curves": {name: found[name].shares(self.prices.costs[name]) for name in there if name in found},
         })  # fmt: skip
-        self._log({**self._shares(), self.target: round(achieved, 4)})
+        self._log({**self._shares(), self.target: round(chosen.achieved, 4)})
 
     @staticmethod
     def _kept(plan: Any, name: str, block: Block) -> torch.Tensor:

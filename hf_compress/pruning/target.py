@@ -17,12 +17,13 @@ from ..pictures import save_pruned
 from ..plan import Plan
 from ..probe import NoInputs
 from ..refusals import check_foreign
-from ..surgery import apply_, mask_, prove_variants
+from ..surgery import apply_, prove_variants
 from .calibrate import Calibration
-from .compensate import DAMPING, compensated, losses_of
+from .choose import choose
+from .compensate import DAMPING, losses_of
 from .latency import LatencyTable, grid
 from .prices import Prices, blocks_for
-from .search import TRIES, Database, Losses, Stitched, is_small, tune
+from .search import TRIES, Database, is_small
 from .select import count_units, trial_plan, unit_of
 
 
@@ -248,44 +249,23 @@ def _family(
     known = {block.name: found[block.name].shares(prices.costs[block.name]) for block in blocks}
     family = []
     for ratio in ratios:
-        sizes, achieved, interval, plan, lost = _chosen(calibration, prices, losses, database, ratio, tries, damping)
-        shown = {block.name: [sizes[block.name], count_units(block)] for block in blocks}
-        seconds = time.perf_counter() - start
-        family.append(Pruned(plan, target, ratio, achieved, interval, shown, lost, prices.conditions, seconds, units, known))
+        chosen = choose(calibration, prices, losses, database, ratio, tries, damping)
+        short = prices.falls_short(chosen.sizes, chosen.achieved, ratio)
+        if short is not None:
+            raise CompressionError(short)
+        family.append(
+            Pruned(
+                chosen.plan,
+                target,
+                ratio,
+                chosen.achieved,
+                chosen.interval,
+                {block.name: [chosen.sizes[block.name], count_units(block)] for block in blocks},
+                chosen.lost,
+                prices.conditions,
+                time.perf_counter() - start,
+                units,
+                known,
+            )
+        )
     return family
-
-
-def _chosen(
-    calibration: Calibration,
-    prices: Prices,
-    losses: Losses,
-    database: Database | None,
-    ratio: float,
-    tries: int,
-    damping: float,
-) -> tuple[dict[str, int], float, Any, Plan, dict[str, float]]:
-    """Sizes that meet a target, and the plan: by the losses as they are, or tuned, whichever then loses less."""
-
-    def plan_of(sizes: Mapping[str, int]) -> tuple[Plan, dict[str, float]]:
-        less = {b.name: sizes[b.name] for b in calibration.blocks if sizes[b.name] < count_units(b)}
-        return compensated(calibration, less, damping)
-
-    made: dict[tuple[int, ...], tuple[Plan, dict[str, float]]] = {}
-    if database is not None:
-        first, *_ = prices.fit(losses, ratio, rough=True)  # also says how far the costs are off
-        tuned = tune(calibration, database, losses, lambda of: prices.sizes(of, ratio), tries)
-        other = prices.sizes(tuned, ratio)
-        if other is not None and other != first:
-            # the database says of other layers what they were before anything was cut, so the plans themselves are compared
-            run = Stitched(calibration, database)
-            found = []
-            for sizes in (first, other):
-                made[tuple(sizes.values())] = plan, _ = plan_of(sizes)
-                with mask_(calibration.model, plan):
-                    found.append(run.now())
-            losses = tuned if found[1] < found[0] else losses
-    sizes, achieved, interval = prices.fit(losses, ratio)
-    short = prices.falls_short(sizes, achieved, ratio)
-    if short is not None:
-        raise CompressionError(short)
-    return sizes, achieved, interval, *(made.get(tuple(sizes.values())) or plan_of(sizes))
