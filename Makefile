@@ -34,7 +34,7 @@ lint: $(VENV)/.installed
 benchmark: $(VENV)/.installed  ## MiniLM on SST-2: half of the heads and neurons, one epoch of distillation, int8
 	HF_HUB_OFFLINE=1 $(VENV)/bin/python scripts/benchmark_text.py $(ARGS)
 
-benchmark-%: $(VENV)/.installed  ## distillation, quantization, kernels, exits (these after `make benchmark`), depthwise, llama, peers, ...
+benchmark-%: $(VENV)/.installed  ## distillation, quantization, kernels, exits (these after `make benchmark`), depthwise, llama, peers, scaling, ...
 	HF_HUB_OFFLINE=1 $(VENV)/bin/python scripts/benchmark_$*.py $(ARGS)
 
 overhead: $(VENV)/.installed  ## what masks, planning and loading cost

@@ -6,6 +6,7 @@ import types
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers as T
@@ -169,3 +170,31 @@ def by_parameters(family, model, batches, speedups, inputs):
     blocks = [*structure.attentions, *structure.own_ffns]
     times = {block.name: {size: size / max(grid(block)) for size in grid(block)} for block in blocks}
     return family(model, batches, speedups, table=LatencyTable({}, float(len(blocks)), times))
+
+
+def test_times_of_known_shares_are_fitted_and_predicted_by_them(load):
+    """Made of removals and moments alone, with nothing for forwards: the shares come back, none below 0."""
+    scaling = load("benchmark_scaling")
+    shapes = [(256, 1024, 3, 2e6), (384, 1536, 3, 5e6), (512, 2048, 6, 2e7), (768, 3072, 3, 2e7), (384, 1536, 6, 1e7)]
+    works = np.array([scaling.work(*shape, 1000) for shape in shapes])
+    cubes, products = (3 * (256.0**3 + 1024.0**3), 1000 * 3 * (256 * 512 + 1024 * 1280))
+    assert works[0].tolist() == [cubes, products, 2e9]
+    meant = np.array([2e-10, 3e-11, 0.0])
+    shares = scaling.fit(works, works @ meant)
+    assert shares == pytest.approx(meant, rel=1e-6, abs=1e-15)
+    assert scaling.fit(works, works @ np.array([2e-10, -1e-12, 0.0])).min() >= 0
+
+
+def test_scaling_of_small_models(load, tmp_path, monkeypatch, capsys):
+    scaling = load("benchmark_scaling")
+    argv = ["benchmark_scaling.py", "--widths", "64", "128", "--depths", "1", "2", "--check", "128x2", "--rows", "8"]
+    monkeypatch.setattr("sys.argv", [*argv, "--length", "8", "--threads", "1", "--output", str(tmp_path)])
+    scaling.main()
+    data = json.loads((tmp_path / "scaling.json").read_text())
+    assert [row["is checked"] for row in data["models"]] == [False, False, False, True]
+    one = data["models"][0]
+    # sizes 32 .. 224 of 256 neurons, and no whole block: 64 outputs in bfloat16; the one head is whole
+    assert one["database MiB"] == pytest.approx(sum(range(32, 256, 32)) * 64 * 2 / 2**20, abs=1e-3) and one["tokens"] == 64
+    again = np.dot(data["shares"]["one plan"], scaling.work(64, 256, 1, one["parameters"], 64))
+    assert one["fitted"]["one plan"] == pytest.approx(again)
+    assert "extrapolated" in capsys.readouterr().out
