@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import sst2
 import torch
-import torch.nn.functional as F
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -29,6 +28,8 @@ from transformers import (
 )
 
 import hf_compress as hc
+from hf_compress.pruning.search import divergence
+from hf_compress.timing import steady_speedup
 
 
 def teacher(folder: Path, source: Any, tokenizer: Any, rows: sst2.Rows, seed: int, epochs: float) -> Any:
@@ -87,6 +88,16 @@ def healed(dense: Any, args: Any, rows: sst2.Rows, collate: Any, inputs: Any, se
     return model.eval(), prune
 
 
+@torch.no_grad()
+def compiled(small: Any, dense: Any, inputs: Any) -> tuple[float, list[float]]:
+    """How many times faster a model is compiled than the dense one in eager mode, and its interval."""
+    torch.compiler.reset()
+    fast = torch.compile(small)
+    speedup, interval, _ = steady_speedup(lambda: fast(**inputs), lambda: dense(**inputs), pairs=20, width=0.01, longest=30)
+    torch.compiler.reset()
+    return speedup, list(interval)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default=sst2.DATA, help="folder with train.tsv, dev.tsv, test.tsv")
@@ -94,7 +105,8 @@ def main() -> None:
     parser.add_argument("--output", default="runs/prune_to")
     parser.add_argument("--teachers", type=int, default=5)
     parser.add_argument("--epochs", type=float, default=2)
-    parser.add_argument("--speedups", type=float, nargs="+", default=[1.5, 2.0, 3.0])
+    parser.add_argument("--seeds", type=int, nargs="+", help="of the teachers, in the place of the first --teachers")
+    parser.add_argument("--speedups", type=float, nargs="*", default=[1.5, 2.0, 3.0])
     parser.add_argument("--sentences", type=int, default=512, help="to calibrate on")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--length", type=int, default=64)
@@ -107,6 +119,9 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=3e-4, help="learning rate while it heals")
     parser.add_argument("--task", type=float, default=0.0, help="weight of the labels while it heals; the teacher has the rest")
     parser.add_argument("--bits", type=int, default=0, help="and quantize what is healed: 8 or 4")
+    parser.add_argument(
+        "--compile", action="store_true", help="also time what is healed compiled, beside the dense model as it is"
+    )
     args = parser.parse_args()
     sst2.need(args.data)
     torch.set_num_threads(args.threads)
@@ -119,19 +134,22 @@ def main() -> None:
     inputs = sst2.timing_batch(splits["dev"], tokenizer, args.batch, args.length)
     found: list[dict[str, Any]] = []
     wrong: dict[Any, list[np.ndarray]] = {speedup: [] for speedup in args.speedups}
-    for seed in range(args.teachers):
+    for seed in args.seeds if args.seeds is not None else range(args.teachers):
         dense = teacher(output / f"dense-{seed}", source, tokenizer, splits["train"], seed, args.epochs)
         meant = logits_of(dense, rows, collate)
         right = (meant.argmax(-1) == labels).float()
         start = time.perf_counter()
-        family = hc.prune_family(dense, calibration(splits["train"], args.sentences, collate), args.speedups, inputs=inputs)
+        family = (
+            hc.prune_family(dense, calibration(splits["train"], args.sentences, collate), args.speedups, inputs=inputs)
+            if args.speedups
+            else []
+        )
         seconds = time.perf_counter() - start
         for pruned in family:
             small = hc.apply_(copy.deepcopy(dense), pruned.plan)
             got = logits_of(small, rows, collate)
             now = (got.argmax(-1) == labels).float()
             wrong[pruned.asked].append((right - now).numpy())
-            divergence = F.kl_div(got.log_softmax(-1), meant.log_softmax(-1), log_target=True, reduction="batchmean").item()
             found.append(
                 {
                     "teacher": seed,
@@ -140,7 +158,7 @@ def main() -> None:
                     "achieved": pruned.achieved,
                     "interval": pruned.interval,
                     "points lost": (right - now).mean().item() * 100,
-                    "kl": divergence,
+                    "kl": divergence(got, meant) / len(rows),
                     "sizes": pruned.sizes,
                     "seconds of the family": round(seconds, 1),
                     "conditions": pruned.conditions,
@@ -154,7 +172,8 @@ def main() -> None:
             for bits in (0, args.bits) if args.bits else (0,):
                 if bits:
                     hc.apply_(small, hc.plan_quantization(small, bits=bits))
-                now = (logits_of(small, rows, collate).argmax(-1) == labels).float()
+                got = logits_of(small, rows, collate)
+                now = (got.argmax(-1) == labels).float()
                 report = hc.measure(small, inputs, against=dense, repeats=30)
                 name = f"healed{f', {bits} bit' * bool(bits)}"
                 wrong.setdefault(name, []).append((right - now).numpy())
@@ -166,10 +185,13 @@ def main() -> None:
                         "achieved": report.speedup,
                         "interval": report.speedup_interval,
                         "points lost": (right - now).mean().item() * 100,
+                        "kl": divergence(got, meant) / len(rows),
                         "stages": prune.stages,
                         "seconds of training": round(seconds, 1),
                     }
                 )
+                if args.compile:
+                    found[-1]["compiled"], found[-1]["interval compiled"] = compiled(small, dense, inputs)
                 print(json.dumps({k: v for k, v in found[-1].items() if k != "stages"}), flush=True)
     summary = []
     for speedup, lost in wrong.items():
@@ -179,12 +201,12 @@ def main() -> None:
             "achieved": [round(row["achieved"], 3) for row in mine],
             "points lost": float(np.stack(lost).mean() * 100),
             "95% interval": [round(100 * bound, 2) for bound in interval(np.stack(lost))],
-            "kl": float(np.mean([row["kl"] for row in mine])) if "kl" in mine[0] else None,
+            "kl": float(np.mean([row["kl"] for row in mine])),
         }
         summary.append(line)
         print(json.dumps(line))
     output.mkdir(parents=True, exist_ok=True)
-    (output / "prune_to.json").write_text(
+    (output / ("prune_to.json" if args.speedups else "healed.json")).write_text(
         json.dumps({"summary": summary, "runs": found, "arguments": vars(args)}, indent=1) + "\n"
     )
 
