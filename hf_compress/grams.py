@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from typing import Any
@@ -152,12 +153,50 @@ def spread(batches: Sequence[Mapping[str, Any]], rows: int) -> list[int]:
 
 
 def unlabelled(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
-    """A batch without its labels, with the decoder's inputs that the model makes of them when it is trained."""
+    """A batch without its labels, with the decoder's inputs that a model makes of them when it is trained.
+
+    Where the batch has none, the decoder's mask is 1 up to the last label that is not -100: what comes after is padding.
+
+    Raises:
+        CompressionError: the labels cannot be shifted, since the config names no token to start with.
+    """
     found = {k: v for k, v in batch.items() if "label" not in str(k)}
-    shift = getattr(model, "prepare_decoder_input_ids_from_labels", None)
-    if shift is not None and isinstance(batch.get("labels"), torch.Tensor) and "decoder_input_ids" not in batch:
-        found["decoder_input_ids"] = shift(labels=batch["labels"])
+    labels, config = batch.get("labels"), getattr(model, "config", None)
+    if not isinstance(labels, torch.Tensor) or labels.ndim != 2 or not getattr(config, "is_encoder_decoder", False):
+        return found
+    taken = inspect.signature(model.forward).parameters
+    if "decoder_input_ids" not in batch and "decoder_inputs_embeds" not in batch:
+        shift = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+        if shift is None and "decoder_input_ids" not in taken:
+            return found
+        try:
+            found["decoder_input_ids"] = shift(labels=labels) if shift is not None else _shifted(config, labels)
+        except (TypeError, ValueError, AttributeError) as error:
+            raise CompressionError(
+                f"{type(model).__name__} cannot make decoder_input_ids of the labels ({type(error).__name__}: {error}). Set "
+                "config.decoder_start_token_id and config.pad_token_id, or give batches with decoder_input_ids."
+            ) from error
+    given = found.get("decoder_input_ids")
+    has_mask = "decoder_attention_mask" in batch or "decoder_attention_mask" not in taken
+    if not has_mask and isinstance(given, torch.Tensor) and given.shape == labels.shape:
+        real = (labels != -100).long()
+        if bool((real == 0).any()):
+            found["decoder_attention_mask"] = real.flip(1).cummax(1).values.flip(1)
     return found
+
+
+def _shifted(config: Any, labels: torch.Tensor) -> torch.Tensor:
+    """Labels one to the right, behind the token that a decoder starts with: what models do that bring no method for it."""
+    start, pad = config.decoder_start_token_id, config.pad_token_id
+    shifted = torch.cat([torch.full_like(labels[:, :1], start), labels[:, :-1]], 1)
+    return shifted if pad is None else shifted.masked_fill(shifted == -100, pad)
+
+
+def real_tokens(model: nn.Module, batch: Mapping[str, Any], is_decoder: bool) -> torch.Tensor | None:
+    """The mask (batch, tokens) of tokens that are no padding, on one side of a model; None where the batch has none."""
+    two_sided = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+    mask = batch.get("decoder_attention_mask" if two_sided and is_decoder else "attention_mask")
+    return mask if isinstance(mask, torch.Tensor) and mask.ndim == 2 else None
 
 
 def run_batches(
@@ -168,13 +207,10 @@ def run_batches(
     what: str,
 ) -> Iterator[None]:
     """Run a model on batches without their labels, one a turn; `masks` says, meanwhile, which tokens of each side are real."""
-    two_sided = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
     device = next(model.parameters()).device
     for batch in tqdm(batches, desc=what, unit="batch", leave=False, disable=None, delay=3):
         batch = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in unlabelled(model, batch).items()}
-        for side, key in (("encoder", ""), ("decoder", "decoder_" if two_sided else "")):
-            found = batch.get(f"{key}attention_mask")
-            masks[side] = found if isinstance(found, torch.Tensor) and found.ndim == 2 else None
+        masks.update({side: real_tokens(model, batch, side == "decoder") for side in ("encoder", "decoder")})
         try:
             run(batch)
         except CompressionError:  # of who looks on

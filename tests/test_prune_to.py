@@ -200,7 +200,7 @@ def test_sensitivity_against_finite_differences(monkeypatch):
 
     model = bert().double()
     batch = {"input_ids": torch.tensor([[7]])}
-    monkeypatch.setattr(sensitivity, "projected", lambda out, draw: out.logits.log_softmax(-1)[0, 1])
+    monkeypatch.setattr(sensitivity, "projected", lambda out, draw, mask: out.logits.log_softmax(-1)[0, 1])
     blocks = blocks_of(model)
     found = sensitivities(Calibration(model, discover(model), blocks, [batch]))
     assert not any(p.grad is not None for p in model.parameters()) and all(p.requires_grad for p in model.parameters())
@@ -218,13 +218,11 @@ def test_sensitivity_against_finite_differences(monkeypatch):
 
 
 def test_the_random_direction_has_the_covariance_of_the_predictions():
-    from types import SimpleNamespace
-
     from hf_compress.pruning.sensitivity import projected
 
     z = torch.tensor([0.0, 2.0, 1.0])
     logits = z.repeat(40_000, 1).requires_grad_()
-    projected(SimpleNamespace(get={"logits": logits}.get), torch.Generator().manual_seed(0)).backward()
+    projected({"logits": logits}, torch.Generator().manual_seed(0)).backward()
     p = np.exp(z.numpy() / 2) / np.exp(z.numpy() / 2).sum()
     v = logits.grad.double().numpy()
     np.testing.assert_allclose(v.T @ v / len(v), np.diag(p) - np.outer(p, p), atol=5e-3)

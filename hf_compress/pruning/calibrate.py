@@ -2,7 +2,9 @@
 
 A model is walked in *segments*: the layers of its stacks where one hands its hidden states to the next and nothing else
 changes on the way (which a run shows), and the model as a whole for all other blocks. The calls of a segment are kept, so a
-layer is run again without what lies before it, and what is held at a time is the hidden states of one layer.
+layer is run again without what lies before it. What is held at a time, of all batches: the hidden states that enter one layer
+of the model as it is and as it is cut, what the stream has after each of its blocks, and whatever else the layers of its stack
+are given (masks, position biases).
 
 A projection of a model that is partly cut is asked to make up for what the layers before it have lost as well: its target is
 what the *dense* model has where its output is added to the residual stream, less what the cut model has there without it.
@@ -25,10 +27,12 @@ from transformers.pytorch_utils import Conv1D
 from ..cutting import Block
 from ..discover import Structure
 from ..edits import CompressionError
-from ..grams import unlabelled
+from ..grams import real_tokens, unlabelled
 from ..modules import dense_weight
 from ..probe import difference, quiet_run, tensors_in, tolerance
 from .surgeon import Moments
+
+NO_TOKENS = "The calibration batches hold no real token: their attention_mask is 0 everywhere. Give batches with some."
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 Place = tuple[str, str]  # (module in the segment, "in" or "out")
@@ -84,6 +88,10 @@ class Calibration:
     def __init__(self, model: nn.Module, structure: Structure, blocks: Sequence[Block], batches: Sequence[Mapping[str, Any]]):
         self.model, self.blocks = model, list(blocks)
         self.batches = [unlabelled(model, batch) for batch in batches]
+        for is_decoder in (False, True):
+            masks = [real_tokens(model, batch, is_decoder) for batch in self.batches]
+            if masks and all(mask is not None and not bool(mask.any()) for mask in masks):
+                raise CompressionError(NO_TOKENS)
         self.modules = dict(model.named_modules())
         self.segments = self._segments(structure)
         self.calls: dict[tuple[str, bool], list[list[Call]]] = {}  # of a stack, dense or cut: layer -> batch -> call
@@ -227,18 +235,25 @@ class Calibration:
 
     def advance(self, segment: Segment) -> None:
         """What this layer of the cut model gives is what the next one is given. (Of the dense model, see `targets`.)"""
-        if segment.path:
+        if segment.path and not self._is_last(segment):
             self.now[segment.stack, True] = [_hidden_of(output) for _, output in self.run(segment, True)]  # type: ignore[misc]
+
+    def end(self, segment: Segment) -> None:
+        """After the last layer of a stack: keep nothing of what its layers were given."""
+        if segment.path and self._is_last(segment):
+            for cut in (False, True):
+                self.calls.pop((segment.stack, cut), None)
+                self.now.pop((segment.stack, cut), None)
+
+    def _is_last(self, segment: Segment) -> bool:
+        return segment.index == max(s.index for s in self.segments if s.stack == segment.stack)
 
     # --- what is seen --------------------------------------------------------------------------------------------
 
     def rows(self, tensor: torch.Tensor, block: Block, batch: int) -> torch.Tensor:
         """A tensor as rows, without those of padding."""
-        given = self.batches[batch]
-        two_sided = bool(getattr(getattr(self.model, "config", None), "is_encoder_decoder", False))
-        name = "decoder_attention_mask" if two_sided and "decoder" in block.name.split(".") else "attention_mask"
-        mask = given.get(name)
-        if isinstance(mask, torch.Tensor) and mask.ndim == 2 and tensor.ndim == 3 and mask.shape == tensor.shape[:2]:
+        mask = real_tokens(self.model, self.batches[batch], "decoder" in block.name.split("."))
+        if mask is not None and tensor.ndim == 3 and mask.shape == tensor.shape[:2]:
             return tensor[mask.to(tensor.device).bool()]
         return tensor.flatten(0, -2)
 
@@ -258,10 +273,17 @@ class Calibration:
             own.append(output.detach().clone())
             if len(seen) == 1:
                 return output
+            # more than additions round off where the stream is large (in half precision, or with outliers)
+            most = max((float(tensor.abs().max()) for tensor in seen[0].values()), default=0.0)
+            rounding = 4 * torch.finfo(output.dtype).eps * (most if most < float("inf") else 0.0) / tight(output)
+            amount = max(0.1 * float(output.float().std()), rounding, 1e-5)
             draw = torch.Generator().manual_seed(len(own))
-            noise = torch.randn(output.shape, generator=draw).to(output.device) * 0.1 * output.float().std().clamp_min(1e-4)
-            moved.append(noise)
-            return output + noise.to(output.dtype)
+            noise = (torch.randn(output.shape, generator=draw) * amount).to(output)
+            moved.append(noise.float())
+            return output + noise
+
+        def tight(output: torch.Tensor) -> float:
+            return 1e-3 if output.dtype == torch.float32 else 5e-2
 
         def note(name: str, side: str, value: Any) -> None:
             tensor = next((t for _, t in tensors_in(value)), None)
@@ -286,11 +308,12 @@ class Calibration:
                 if len(own) != 1:  # it runs several times: what is added where is not told apart
                     return None
                 output = own[0]
-        tight = 1e-3 if output.dtype == torch.float32 else 5e-2
         for place, tensor in seen[1].items():
             if place in seen[0]:
                 step = tensor.float() - seen[0][place].float()
-                if (step - moved[0]).abs().max() <= tight * moved[0].abs().max() and not torch.equal(seen[0][place], output):
+                if (step - moved[0]).abs().max() <= tight(output) * moved[0].abs().max() and not torch.equal(
+                    seen[0][place], output
+                ):
                     return place
         return None
 
@@ -399,9 +422,11 @@ class Calibration:
 
 def reduce_(moments: Moments) -> None:
     """Sum over the processes of a distributed run: all then know what one would that had all rows."""
-    count = torch.tensor(moments.count, dtype=torch.float64, device=moments.xx.device)
-    over_processes_(count, moments.xx, moments.x, moments.tx, moments.t)
-    moments.count = float(count)
+    sums = torch.tensor([moments.count, moments.tt], dtype=torch.float64)
+    over_processes_(sums, moments.xx, moments.x, moments.tx, moments.t)
+    moments.count, moments.tt = sums.tolist()
+    if not moments.count:
+        raise CompressionError(NO_TOKENS)
 
 
 def over_processes_(*tensors: torch.Tensor) -> None:

@@ -14,7 +14,7 @@ from transformers.utils import logging
 from ..compensation import is_plain, names_given
 from ..cutting import Block
 from ..discover import Attention, Structure
-from ..edits import KeepHeads, KeepNeurons
+from ..edits import CompressionError, KeepHeads, KeepNeurons
 from ..modules import dense_weight
 from ..plan import Plan
 from .calibrate import Calibration, weights
@@ -108,6 +108,7 @@ def curves(
                 if scale is None:
                     errors = errors / errors[-1].clamp_min(1e-12)
                 found[block.name] = Curve(len(errors) - 1, errors)
+        calibration.end(segment)
     return found
 
 
@@ -120,6 +121,11 @@ def losses_of(
     """Every block's `Curve`, weighed by how much the outputs depend on it; blocks on which they do not are left out."""
     scales = sensitivities(calibration)
     idle = [block.name for block in calibration.blocks if block.name not in scales]
+    if len(idle) == len(calibration.blocks):
+        raise CompressionError(
+            f"What this {type(calibration.model).__name__} predicts on the calibration batches depends on none of its "
+            f"{len(idle)} blocks, so nothing can be said of what they are worth. Give batches on which it does."
+        )
     if idle:
         logger.warning(f"The outputs do not depend on {', '.join(idle[:4])}{', ...' * (len(idle) > 4)}: left whole.")
         calibration.leave_out(idle)
@@ -134,7 +140,7 @@ def compensated(calibration: Calibration, sizes: Mapping[str, int], damping: flo
     """The plan that leaves each block so many units, with the weights of its projections.
 
     Returns:
-        (the plan, by block the share of its output's variance that is lost).
+        (the plan, by block the share of what its output should vary by that is lost, with what layers before have lost).
     """
     lost: dict[str, float] = {}
 
@@ -142,10 +148,12 @@ def compensated(calibration: Calibration, sizes: Mapping[str, int], damping: flo
         module: Any = calibration.modules[block.out]
         regression = Regression(moments, dense_weight(module), getattr(module, "bias", None), damping)
         units = units_of(block)
-        order, errors = removals(regression, units)
+        order, _ = removals(regression, units)
         kept = order[len(order) - sizes[block.name] :].sort().values
-        lost[block.name] = float(errors[len(order) - sizes[block.name]] / errors[-1].clamp_min(1e-12))
-        return kept, *regression.solve(torch.isin(units, kept).nonzero().flatten())
+        columns = torch.isin(units, kept).nonzero().flatten()
+        weight, shift = regression.solve(columns)
+        lost[block.name] = regression.lost(columns, weight)
+        return kept, weight, shift
 
     return layer_by_layer(calibration, sizes, solve, "prune"), lost
 
@@ -181,6 +189,13 @@ def layer_by_layer(calibration: Calibration, names: Container[str], solve: Solve
                     tensors[given[1]] = shift.to(full).cpu()
         with weights(model, new):
             calibration.advance(segment)
+        calibration.end(segment)
+    apart = [b.name for s in calibration.segments for b in s.blocks if b.name in names and s.places.get(b.name) is None]
+    if apart:
+        logger.warning_once(
+            f"{len(apart)} of {len(edits)} blocks make up for what goes in them alone, not for the layers before: what they "
+            f"give is not added to the hidden states as it is ({', '.join(apart[:4])}{', ...' * (len(apart) > 4)})."
+        )
     return Plan([edits[block.name] for block in calibration.blocks if block.name in edits], tensors)
 
 

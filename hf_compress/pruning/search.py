@@ -21,17 +21,18 @@ import torch.distributed as dist
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from ..grams import spread
+from ..grams import real_tokens, spread
 from ..modules import dense_weight
-from ..probe import quiet_run, tensors_in
+from ..probe import quiet_run
 from .calibrate import Calibration, over_processes_, weights
+from .predictions import Prediction, predictions_of
 from .select import units_of
-from .sensitivity import logits_of
 
 TRIES = 100
-ROWS = 256  # examples in each process
+ROWS = 256  # examples in each process, in whole batches
 STEP = 1.0  # standard deviation of the change of a weight's logarithm
 MOST = 2 * 2**30  # bytes of a database that is held in memory
+HELD = 2**29  # of what the dense model predicts: rows of logits over a vocabulary would fill any memory
 
 Losses = Mapping[str, Mapping[int, float]]
 # by block and size: the columns that stay, their weights (out, columns) in bfloat16, and the bias
@@ -123,9 +124,12 @@ class Stitched:
         self.calibration, self.database = calibration, database
         self.outs = {block.name: block.out for block in calibration.blocks}
         self.batches = [calibration.batches[i] for i in spread(calibration.batches, ROWS)]
-        self.meant = [self._outputs(batch) for batch in self.batches]
-        # what sums of losses are divided by: rows, or what the outputs vary by
-        self.of = float(sum(len(t) if self.is_logits else (t - t.mean(0)).square().sum() for t in self.meant))
+        self.meant = [self._outputs(batch) for batch in self.batches]  # by batch and prediction
+        # what the sum of losses of each prediction is divided by: rows, or what the outputs vary by
+        self.of = torch.zeros(max(map(len, self.meant), default=0), dtype=torch.float64)
+        for batch in self.meant:
+            for i, (values, is_logits) in enumerate(batch):
+                self.of[i] += len(values) if is_logits else float((values - values.mean(0)).square().sum())
 
     def loss(self, sizes: Mapping[str, int], most: float = float("inf")) -> float:
         """What is lost with these sizes; see `now`."""
@@ -141,31 +145,37 @@ class Stitched:
             return self.now(most)
 
     def now(self, most: float = float("inf")) -> float:
-        """The mean divergence of the model's predictions as it is now, or the error of other outputs per variance.
+        """The mean divergence of the model's predictions as it is now, or the error of other outputs per variance; their sum.
 
         Once it must be above `most`, no more rows are run, and it is infinite.
         """
-        total = torch.zeros(2, dtype=torch.float64)
+        total = torch.zeros(2, len(self.of), dtype=torch.float64)
+        total[1] = self.of
         alone = not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1)
         for batch, meant in zip(self.batches, self.meant, strict=True):
-            got = self._outputs(batch)
-            total[0] += divergence(got, meant) if self.is_logits else float((got - meant).square().sum())
-            if alone and float(total[0]) > most * self.of:  # sums only grow
+            for i, ((got, is_logits), (old, _)) in enumerate(zip(self._outputs(batch), meant, strict=True)):
+                total[0, i] += divergence(got, old) if is_logits else float((got - old).square().sum())
+            if alone and _mean(total) > most:  # sums only grow
                 return float("inf")
-        total[1] = self.of
         over_processes_(total)
-        return float(total[0] / total[1].clamp_min(1e-12))
+        return _mean(total)
 
     @torch.no_grad()
-    def _outputs(self, batch: Mapping[str, Any]) -> torch.Tensor:
-        """Rows of logits, without those of padding, or of the first output where there are none."""
+    def _outputs(self, batch: Mapping[str, Any]) -> list[Prediction]:
+        """Rows of what is predicted, without those of padding; of many classes, some rows, evenly taken."""
         batch = self.calibration.placed(batch)
         with quiet_run(self.calibration.model) as run:
-            outputs = run(batch)
-        logits = logits_of(outputs)
-        self.is_logits = logits is not None
-        value = next(t for _, t in tensors_in(outputs)) if logits is None else logits
-        mask = batch.get("attention_mask")
-        if isinstance(mask, torch.Tensor) and value.ndim == 3 and mask.shape == value.shape[:2]:
-            return value[mask.bool()].float()
-        return value.flatten(0, -2).float() if value.ndim > 1 else value[:, None].float()
+            predictions = predictions_of(run(batch))
+        mask = real_tokens(self.calibration.model, batch, is_decoder=True)
+        found = []
+        for prediction in predictions:
+            rows = prediction.rows(mask)
+            most = max(1, HELD // (4 * rows.shape[-1] * len(self.batches) * len(predictions)))
+            if len(rows) > most:
+                rows = rows[torch.linspace(0, len(rows) - 1, most, device=rows.device).long()]
+            found.append(Prediction(rows.float(), prediction.is_logits))
+        return found
+
+
+def _mean(total: torch.Tensor) -> float:
+    return float((total[0] / total[1].clamp_min(1e-12)).sum())

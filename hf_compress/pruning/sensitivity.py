@@ -6,7 +6,8 @@ covariance is that of the predictions (Martens 2014, *New insights on the natura
 
     v = sqrt(p) e - p (sqrt(p)' e),    e = +-1,    cov(v) = diag(p) - p p',    p = softmax(z / 2)
 
-No labels are needed. Of `F` the diagonal in the mean over rows is kept, so that outputs and blocks compare:
+The signs `e` are drawn; no labels are needed. Of `F` the diagonal in the mean over rows is kept, so that outputs and blocks
+compare:
 
     s_o = sum over rows of g_o^2 / examples.
 
@@ -26,9 +27,10 @@ import torch
 from tqdm.auto import tqdm
 
 from ..edits import CompressionError
-from ..grams import spread
-from ..probe import quiet_run, tensors_in
+from ..grams import real_tokens, spread
+from ..probe import quiet_run
 from .calibrate import Calibration, over_processes_
+from .predictions import predictions_of
 
 ROWS = 256  # examples in each process
 TEMPERATURE = 2.0  # of predictions, as in distillation: of one that is sure, nothing would be asked at all
@@ -75,10 +77,10 @@ def sensitivities(calibration: Calibration) -> dict[str, torch.Tensor]:
                 raise CompressionError(
                     f"{type(model).__name__} does not run on a calibration batch: {type(error).__name__}: {error}"
                 ) from error
-            projected(outputs, _draw_for(batch)).backward()
+            projected(outputs, _draw_for(batch), real_tokens(model, batch, is_decoder=True)).backward()
     said = torch.tensor(float(examples), dtype=torch.float64)
     over_processes_(said, *squares.values())
-    return {name: square / float(said) for name, square in squares.items()}
+    return {name: square / float(said) for name, square in squares.items() if bool((square > 0).any())}
 
 
 def _first(batch: Mapping[str, Any]) -> torch.Tensor:
@@ -91,22 +93,29 @@ def _draw_for(batch: Mapping[str, Any]) -> torch.Generator:
     return torch.Generator().manual_seed(zlib.crc32(content.numpy().tobytes()))
 
 
-def logits_of(outputs: Any) -> torch.Tensor | None:
-    """What a model predicts with, over several classes; None where its outputs are something else."""
-    logits = outputs.get("logits") if hasattr(outputs, "get") else None
-    return logits if isinstance(logits, torch.Tensor) and logits.shape[-1] > 1 else None
+def projected(outputs: Any, draw: torch.Generator, mask: torch.Tensor | None = None) -> torch.Tensor:
+    """`v' z` of the module's docstring, summed over the rows of all predictions, without those of padding.
 
-
-def projected(outputs: Any, draw: torch.Generator) -> torch.Tensor:
-    """`v' z` of the module's docstring, summed over rows."""
-    logits = logits_of(outputs)
-    if logits is not None:
-        root = (logits.detach().float() / TEMPERATURE).softmax(-1).sqrt()
-        sign = torch.randint(0, 2, root.shape, generator=draw).to(root) * 2 - 1
-        v = root * sign - root.square() * (root * sign).sum(-1, keepdim=True)
-        return (logits.float() * v).sum()
-    value = next((t for _, t in tensors_in(outputs) if t.requires_grad), None)
-    if value is None:
+    Args:
+        outputs: of the model; see `predictions_of`.
+        draw (`torch.Generator`): where signs come from.
+        mask (`torch.Tensor`, *optional*): of real tokens, (batch, tokens).
+    """
+    total: torch.Tensor | None = None
+    for prediction in predictions_of(outputs):
+        rows = prediction.rows(mask).float()
+        if not rows.requires_grad or not len(rows):
+            continue
+        if prediction.is_logits:
+            root = (rows.detach() / TEMPERATURE).softmax(-1).sqrt()
+            sign = (torch.randint(0, 2, root.shape, generator=draw, dtype=torch.int8) * 2 - 1).to(root)
+            v = root * sign - root.square() * (root * sign).sum(-1, keepdim=True)
+            own = (rows * v).sum()
+        else:
+            noise = torch.randn(rows.shape, generator=draw).to(rows.device)
+            spread = rows.detach().std() if rows.numel() > 1 else rows.detach().abs().mean()
+            own = (rows * noise / spread.clamp_min(1e-6)).sum()
+        total = own if total is None else total + own
+    if total is None:
         raise CompressionError("The model's outputs have no gradient, so nothing can be said of what they depend on.")
-    noise = torch.randn(value.shape, generator=draw).to(value.device)
-    return (value.float() * noise / value.detach().float().std().clamp_min(1e-6)).sum()
+    return total

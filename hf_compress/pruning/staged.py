@@ -120,13 +120,15 @@ class StagedRun(PruningRun):
         structure = discover(small)
         own = {block.name: block for block in (*structure.attentions, *structure.own_ffns)}
         assert self.batches is not None
-        calibration = Calibration(small, structure, [own[block.name] for block in self.blocks], self.batches)
+        # of a block with one unit left nothing can go, and that the unit was a group of heads could not be told any more
+        some = [own[block.name] for block in self.blocks if len(alive[block.name]) > 1]
+        calibration = Calibration(small, structure, some, self.batches)
         # stages on the way are not the last word: a quarter of the tries
         tries = self.options["tries"] if progress >= 1 else self.options["tries"] // 4
         grids = {name: sorted(of) for name, of in self.prices.costs.items()}
         database: Database | None = {} if tries and is_small(calibration, grids) else None
         with torch.enable_grad():
-            found = losses_of(calibration, DAMPING, grids, database)
+            found = losses_of(calibration, DAMPING, grids, database) if some else {}
         there = {name: len(units) for name, units in alive.items()}
         losses = {name: found[name].at(self.prices.costs[name]) if name in found else {n: 0.0} for name, n in there.items()}
         chosen = choose(calibration, self.prices, losses, database, asked, tries, DAMPING, rough=progress < 1)

@@ -40,6 +40,7 @@ class Moments:
         x: sum of `x`, shape (in,).
         tx: sum of `t x'`, shape (out, in).
         t: sum of `t`, shape (out,).
+        tt: sum of `|t|^2`.
     """
 
     count: float
@@ -47,6 +48,7 @@ class Moments:
     x: torch.Tensor
     tx: torch.Tensor
     t: torch.Tensor
+    tt: float = 0.0
 
     @classmethod
     def empty(
@@ -63,6 +65,7 @@ class Moments:
         self.add_inputs_(x)
         self.tx.addmm_(t.T, x)
         self.t += t.sum(0)
+        self.tt += float(t.square().sum(dtype=torch.float64 if t.device.type != "mps" else None))
 
     def add_inputs_(self, x: torch.Tensor) -> None:
         """More rows of what enters, where the target follows from it (`of_own_output_`)."""
@@ -78,6 +81,7 @@ class Moments:
         if bias is not None:
             self.tx += bias.detach().to(self.xx)[:, None] * self.x
             self.t += bias.detach().to(self.xx) * self.count
+        self.tt = float((weight * self.tx).sum()) + (0.0 if bias is None else float(self.t @ bias.detach().to(self.t)))
 
 
 class Regression:
@@ -132,7 +136,10 @@ class Regression:
             amount = 10 * amount
         else:
             raise CompressionError("What enters a projection on the calibration batches holds NaN or infinite values.")
+        self._undamped, self._amount = cross, amount
         self.cross = cross + amount * weight
+        spread = moments.tt / n - (float(self.target_mean.square().sum()) if self.has_bias else 0.0)
+        self.variance = max(spread, 0.0)  # of the target, or its mean square where nothing takes up a mean
 
     def inverse(self) -> torch.Tensor:
         return torch.cholesky_inverse(self._factor)
@@ -144,6 +151,24 @@ class Regression:
         weight = torch.cholesky_solve(self.cross[:, columns].T, factor).T
         bias = self.target_mean - weight @ self.mean[columns] if self.has_bias else None
         return weight.float(), None if bias is None else bias.float()
+
+    def lost(self, columns: torch.Tensor, weight: torch.Tensor) -> float:
+        """The share of the target's variance (mean square, without a bias) that these weights do not give, in [0, 1] or more.
+
+            (E|t|^2 - 2 tr(V' E[t x']) + tr(V' V E[x x'])) / E|t|^2
+
+        centred where there is a bias. What no weights could give any more, since what enters has changed, is in it.
+
+        Args:
+            columns (`torch.Tensor`): that are kept.
+            weight (`torch.Tensor`): V on them, shape (out, columns).
+        """
+        columns = columns.to(self.second.device)
+        weight = weight.to(self.second)
+        second = self.second[columns][:, columns]
+        got = ((weight @ second) * weight).sum() - self._amount * weight.square().sum()
+        off = self.variance - 2 * float((weight * self._undamped[:, columns]).sum()) + float(got)
+        return max(off, 0.0) / max(self.variance, 1e-20)
 
 
 def removals(

@@ -38,7 +38,8 @@ class Pruned:
         achieved (`float`): what came out: for a speed-up, the median over pairs of runs that took turns.
         interval (`tuple[float, float]`, *optional*): 95%, of a measured speed-up.
         sizes (`dict[str, list[int]]`): by block, units that stay, and that there were.
-        losses (`dict[str, float]`): by block, the share of what its output varies by that is lost, after compensation.
+        losses (`dict[str, float]`): by block that is cut, the share that is lost, after compensation, of what its output should
+            vary by for the model to go on as the dense one does: with what could not be made up for of earlier blocks.
         conditions (`dict`): hardware, threads, dtype, shapes and versions.
         seconds (`float`): that it took.
         units (`dict[str, str]`): by block, what is counted: `"heads"`, `"kv groups"` or `"neurons"`.
@@ -118,8 +119,9 @@ def prune_to(
         inputs (`dict`, *optional*): a batch of the size and length that will be run; the first calibration batch by default.
         heads, neurons (`bool`, default to `True`): what may go.
         damping (`float`, defaults to 0.01): how strongly new weights are held to the old ones; see `surgeon.Regression`.
-        tries (`int`, defaults to 100): choices of sizes that are run on up to 256 rows of the batches, each for about a forward
-            pass of the dense model; 0 takes the first. Not where projections for all sizes would need more than 2 GiB.
+        tries (`int`, defaults to 100): choices of sizes that are run on about 256 rows of the batches (whole batches), each for
+            about a forward pass of the dense model; 0 takes the first. Not where projections for all sizes would need more than
+            2 GiB.
         table (`LatencyTable`, *optional*): times of another device, made there; the speed-up is then what the table predicts.
 
     Returns:
@@ -148,10 +150,10 @@ def prune_to(
     """
     wanted = {"speedup": speedup, "macs": macs, "parameters": parameters, "bytes": bytes}
     target, ratio = one_target(wanted)
-    [pruned] = _family(model, batches, target, [ratio], inputs, heads, neurons, damping, tries, table)
+    [pruned], inputs = _family(model, batches, target, [ratio], inputs, heads, neurons, damping, tries, table)
     try:
         apply_(model, pruned.plan)
-    except NoInputs:
+    except NoInputs:  # none can be made for it
         apply_(model, pruned.plan, inputs=inputs)
     return pruned
 
@@ -191,7 +193,7 @@ def prune_family(
     if isinstance(speedups, str | bytes) or not isinstance(speedups, Sequence) or not speedups:
         raise CompressionError(f"speedups must be a sequence of numbers above 1, got {speedups!r}.")
     ratios = [one_target({"speedup": value})[1] for value in speedups]
-    return _family(model, batches, "speedup", ratios, inputs, heads, neurons, damping, tries, table)
+    return _family(model, batches, "speedup", ratios, inputs, heads, neurons, damping, tries, table)[0]
 
 
 def one_target(wanted: Mapping[str, Any]) -> tuple[str, float]:
@@ -215,7 +217,8 @@ def _family(
     damping: float,
     tries: int,
     table: LatencyTable | None,
-) -> list[Pruned]:
+) -> tuple[list[Pruned], dict[str, Any]]:
+    """What was pruned, and the batch that was timed."""
     start = time.perf_counter()
     if not isinstance(model, nn.Module):
         raise CompressionError(f"model must be a model (a torch.nn.Module), got {type(model).__name__}.")
@@ -268,4 +271,4 @@ def _family(
                 known,
             )
         )
-    return family
+    return family, inputs
