@@ -109,7 +109,7 @@ def test_a_database_that_would_be_too_large_is_not_made(monkeypatch):
     assert search.is_small(calibration, grids)
     monkeypatch.setattr(search, "MOST", 2 * numbers - 1)
     assert not search.is_small(calibration, grids)
-    monkeypatch.setattr(hc.pruning.target, "tune", lambda *_: pytest.fail("there is no database"))
+    monkeypatch.setattr(hc.pruning.choose, "tune", lambda *_: pytest.fail("there is no database"))
     hc.prune_family(model, texts(), [1.8], table=made_up(model))
 
 
