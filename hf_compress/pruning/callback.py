@@ -72,7 +72,7 @@ class PruningCallback(TrainerCallback, ExportableState):
             target a quarter.
         scope (`str`, defaults to `"global"`): rank all layers together, or each alone (`"layer"`).
         uniform (`bool`, defaults to `False`): give every layer the same width.
-        round_to (`int`, defaults to 1): round kept neurons to a multiple of this.
+        round_to (`int`, *optional*): round kept neurons to a multiple of this; see `plan_pruning` for experts.
         smoothing (`float`, defaults to 0.98): weight of the past in the running average of scores.
         seed (`int`, defaults to 0): of `"random"`.
         inputs (`dict`, *optional*): a small batch for the proof of the cut (see `apply_`); by default inputs are made, or
@@ -112,7 +112,7 @@ class PruningCallback(TrainerCallback, ExportableState):
         every: int | None = None,
         scope: str = "global",
         uniform: bool = False,
-        round_to: int = 1,
+        round_to: int | None = None,
         smoothing: float = 0.98,
         seed: int = 0,
         inputs: Mapping[str, Any] | None = None,
