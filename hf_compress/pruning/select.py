@@ -156,10 +156,12 @@ def alive_units(model: nn.Module, block: Block) -> torch.Tensor:
 
 def trial_plan(model: nn.Module, structure: Structure, blocks: Sequence[Block]) -> Plan:
     """Every second unit of these blocks: a plan to prove that they can be cut, and how their units lie."""
-    half = {b.name: alive_units(model, b).nonzero().flatten().tolist()[::2] for b in blocks}
+    alive = {b.name: alive_units(model, b).nonzero().flatten().tolist() for b in blocks}
+    half = {name: units[::2] for name, units in alive.items()}
     for name, multiple in multiples_of(blocks, None).items():
-        if len(half[name]) > multiple:
-            half[name] = half[name][: len(half[name]) // multiple * multiple]
+        if len(alive[name]) > multiple > 1:
+            count = max(multiple, len(half[name]) // multiple * multiple)
+            half[name] = half[name][:count] if count <= len(half[name]) else alive[name][:count]
     heads = {b.name: half[b.name] for b in blocks if isinstance(b, Attention)}
     return plan_of(structure, heads, {name: kept for name, kept in half.items() if name not in heads})
 
@@ -211,12 +213,12 @@ def warn_if_off(
     """Say so where rounding, or the one unit that every block keeps, makes the result another than what was asked."""
     total = sum(sizes.values())
     removed = 1 - sum(len(units) for units in kept.values()) / total
-    rounded = sorted({m for name, m in (multiples or {}).items() if name in sizes and m > 1})
+    rounded = [m for name, m in (multiples or {}).items() if name in sizes and m > 1]
     if total and abs(removed - asked) > 0.02:
         logger.warning(
             f"{removed:.1%} of the {what} will go and not the {asked:.1%} that was asked: every block keeps at least one unit, "
             f"and units are whole ({', '.join(map(str, sorted(set(sizes.values()))))} a block)"
-            + (f", kept in multiples of {' or '.join(map(str, rounded))}." if rounded else ".")
+            + (f"; {len(rounded)} of the blocks keep a multiple of {' or '.join(map(str, set(rounded)))}." if rounded else ".")
         )
 
 
