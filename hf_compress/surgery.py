@@ -329,6 +329,7 @@ def prove_variants(model: nn.Module, plan: Plan, inputs: Mapping[str, Any] | Non
     check_foreign(model)
     resolved = resolve(model, plan)
     check_modules(model, resolved.cuts)
+    check_experts(resolved.cuts)
     return _prove_all(model, resolved, inputs)
 
 

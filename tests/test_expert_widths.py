@@ -224,11 +224,66 @@ def test_what_the_end_would_refuse_is_refused_before_training(tmp_path):
     weights = {key: value.clone() for key, value in model.state_dict().items()}
     mask = hc.mask_(model, hc.Plan([hc.KeepNeurons(name, range(5))]))  # fewer than the kernel takes
     t = train(model, tmp_path, hc.PruningCallback(neurons=0.3, score="magnitude"))
-    with pytest.raises(hc.CompressionError, match="model.layers.0.mlp.experts"):
+    with pytest.raises(hc.CompressionError, match="keeps 5 neurons of every expert"):
         t.train()
     assert t.state.global_step == 0
     mask.remove()
     assert all(torch.equal(value, weights[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("family", ["mixtral", "dbrx"])
+def test_a_checkpoint_from_the_middle_of_a_training_is_the_masked_mixture(family, tmp_path):
+    def prune():
+        return hc.PruningCallback(neurons=0.3, score="magnitude", start=0.0, end=0.9, every=1)
+
+    seen = {}
+
+    class Watch(T.TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            seen[state.global_step] = mixing.logits(model.eval(), mixing.batch(model))
+            model.train()
+
+    whole = train(build(family), tmp_path, prune(), Watch(), steps=6, save_strategy="steps", save_steps=4)
+    whole.train()
+    loaded = type(whole.model).from_pretrained(tmp_path / "checkpoint-4").eval()
+    assert any(is_gated(module) for module in loaded.modules())
+    torch.testing.assert_close(mixing.logits(loaded, mixing.batch(loaded)), seen[4], atol=1e-6, rtol=1e-6)
+    hc.apply_(loaded, loaded.config.quantization_config.masks)
+    torch.testing.assert_close(mixing.logits(loaded, mixing.batch(loaded)), seen[4], atol=1e-5, rtol=1e-5)
+    again = train(build(family), tmp_path, prune(), steps=6)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert hc.discover(again.model).ffns == hc.discover(whole.model).ffns
+    assert torch.equal(*(mixing.logits(t.model.eval(), mixing.batch(t.model)) for t in (again, whole)))
+
+
+def test_the_best_model_of_a_mixture_is_cut(tmp_path):
+    prune = hc.PruningCallback(neurons=0.3, score="magnitude", start=0.0, end=0.3, every=1)
+    often = dict(save_strategy="steps", save_steps=1, eval_strategy="steps", eval_steps=1, load_best_model_at_end=True)
+    t = train(build("mixtral"), tmp_path, prune, steps=6, greater_is_better=True, metric_for_best_model="loss", **often)
+    t.eval_dataset = t.train_dataset[:2]
+    t.train()
+    best = T.MixtralForCausalLM.from_pretrained(t.state.best_model_checkpoint).eval()
+    inputs = mixing.batch(best)
+    torch.testing.assert_close(mixing.logits(t.model.eval(), inputs), mixing.logits(best, inputs), atol=1e-5, rtol=1e-5)
+    assert all(size % 8 == 0 and size < 48 for size in widths(t.model).values())
+
+
+def test_a_training_whose_cut_is_refused_is_not_lost(tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise hc.CompressionError("No.")
+
+    monkeypatch.setattr(run, "apply_", refuse)
+    t = train(build("mixtral"), tmp_path, hc.PruningCallback(neurons=0.3, score="magnitude"))
+    with pytest.raises(hc.CompressionError, match=r"No\. The training is not lost: .*masked"):
+        t.train()
+    monkeypatch.undo()
+    inputs, model = mixing.batch(t.model), T.MixtralForCausalLM.from_pretrained(tmp_path / "masked").eval()
+    expected = mixing.logits(t.model.eval(), inputs)
+    assert any(is_gated(module) for module in t.model.modules())
+    torch.testing.assert_close(mixing.logits(model, inputs), expected, atol=1e-6, rtol=1e-6)
+    hc.apply_(model, model.config.quantization_config.masks)
+    torch.testing.assert_close(mixing.logits(model, inputs), expected, atol=1e-5, rtol=1e-5)
+    assert all(size % 8 == 0 and size < 48 for size in widths(model).values())
 
 
 def test_masks_of_an_earlier_version_are_rounded_when_training_goes_on(tmp_path, monkeypatch):

@@ -162,7 +162,11 @@ class PruningRun:
         names = {id(p): name for name, p in self.model.named_parameters()}
         self._ungate(restore=False)
         self._restore_records()
-        apply_(self.model, plan, inputs=self.inputs)
+        try:
+            apply_(self.model, plan, inputs=self.inputs)
+        except CompressionError:
+            self._write_gates()  # the model that was trained is the masked one
+            raise
         inner = getattr(optimizer, "optimizer", optimizer)
         if inner is not None:
             now = dict(self.model.named_parameters())
