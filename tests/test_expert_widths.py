@@ -18,7 +18,16 @@ from tests import mixing
 from tests.trainers import trainer
 
 WIDTHS = ("intermediate_size", "moe_intermediate_size", "intermediate_size_mlp", "shared_expert_intermediate_size", "d_ff")
-MULTIPLIED = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "gpt_oss", "deepseek_v3", "granitemoe", "aria_text")  # by grouped_mm
+MULTIPLIED = (
+    "mixtral",
+    "qwen2_moe",
+    "qwen3_moe",
+    "olmoe",
+    "gpt_oss",
+    "deepseek_v3",
+    "granitemoe",
+    "aria_text",
+)  # by grouped_mm
 OTHERS = ("llama4", "dbrx", "jetmoe", "switch_transformers")
 
 
@@ -293,9 +302,7 @@ def test_masks_of_an_earlier_version_are_rounded_when_training_goes_on(tmp_path,
     with monkeypatch.context() as earlier:
         earlier.setattr(run, "multiples_of", lambda blocks, round_to: {})
         earlier.setattr(run, "rehearse", lambda *_: None)
-        earlier.setattr(
-            run.PruningRun, "_likely", lambda self: run.trial_plan(self.model, self.structure, self.blocks)
-        )
+        earlier.setattr(run.PruningRun, "_likely", lambda self: run.trial_plan(self.model, self.structure, self.blocks))
         t = train(build("mixtral"), tmp_path, prune(), steps=6, save_strategy="steps", save_steps=3)
         with pytest.raises(hc.CompressionError, match="multiple of 8"):
             t.train()

@@ -133,7 +133,9 @@ def plan_pruning(
         if batches is not None and not isinstance(batches, Sequence):
             batches = list(batches)
         first = batches[0] if batches else None
-        options: dict[str, Any] = dict(score=score, scope=scope, uniform=uniform, round_to=round_to or 1, seed=seed, inputs=first)
+        options: dict[str, Any] = dict(
+            score=score, scope=scope, uniform=uniform, round_to=round_to or 1, seed=seed, inputs=first
+        )
         cut_channels = plan_channels(model, channels, **options, batches=batches, loss_fn=loss_fn)
     if not wanted:
         return Plan(cut_channels)
