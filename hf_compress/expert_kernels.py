@@ -44,6 +44,6 @@ def settle_kernels_(model: Any) -> None:
         )
     else:
         logger.warning(
-            f"Experts of this {type(model).__name__} have {neurons} neurons, which grouped_mm does not multiply in half precision "
-            f"(it takes {half}). Before model.to(torch.bfloat16): model.set_experts_implementation('eager')."
+            f"Experts of this {type(model).__name__} have {neurons} neurons, which grouped_mm does not multiply in half "
+            f"precision (it takes {half}). Before model.to(torch.bfloat16): model.set_experts_implementation('eager')."
         )

@@ -79,8 +79,8 @@ def check_experts(cuts: list[Cut]) -> None:
         block = cut.block
         if isinstance(block, FeedForward) and len(cut.kept) % block.multiple:
             raise CompressionError(
-                f"KeepNeurons({block.name!r}) keeps {len(cut.kept)} neurons of every expert. transformers multiplies these with "
-                f"torch's grouped_mm, which takes rows of 16 bytes: a multiple of {block.multiple} runs in every dtype (a "
+                f"KeepNeurons({block.name!r}) keeps {len(cut.kept)} neurons of every expert. transformers multiplies these "
+                f"with torch's grouped_mm, which takes rows of 16 bytes: a multiple of {block.multiple} runs in every dtype (a "
                 "checkpoint says neither the dtype nor the kernel that it will run with). Keep "
                 f"{said_multiples(len(cut.kept), block.size, block.multiple)} (planners do so by themselves)."
             )

@@ -286,8 +286,8 @@ class PruningCallback(TrainerCallback, ExportableState):
         folder = os.path.join(args.output_dir or ".", "masked")
         run.trainer.save_model(folder)
         return CompressionError(
-            f"{error} The training is not lost: the model is saved under its masks in {folder!r}, at its full size. Load it, and "
-            "cut what can be cut: apply_(model, model.config.quantization_config.masks)."
+            f"{error} The training is not lost: the model is saved under its masks in {folder!r}, at its full size. Load it, "
+            "and cut what can be cut: apply_(model, model.config.quantization_config.masks)."
         )
 
     def _abandon(self) -> None:

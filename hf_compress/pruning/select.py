@@ -33,8 +33,8 @@ def nothing_to_choose(model: nn.Module, structure: Structure, what: str) -> str:
     small = next((ffn for ffn in structure.ffns if ffn.size <= ffn.multiple != 1), None)
     if what == "neurons" and small is not None:
         return (
-            f"The experts of this {type(model).__name__} ({small.name!r}) have {small.size} neurons each, and their kernel takes "
-            f"multiples of {small.multiple}: none can go. Remove whole experts (plan_experts)."
+            f"The experts of this {type(model).__name__} ({small.name!r}) have {small.size} neurons each, and their kernel "
+            f"takes multiples of {small.multiple}: none can go. Remove whole experts (plan_experts)."
         )
     return f"{type(model).__name__} has no {what} that can be cut; see discover(model)."
 
@@ -82,8 +82,8 @@ def multiples_of(blocks: Iterable[Block], round_to: int | None) -> dict[str, int
         CompressionError: `round_to` is no multiple of what a block needs.
     """
     ffns = [block for block in blocks if isinstance(block, FeedForward)]
-    unfit = [ffn for ffn in ffns if round_to is not None and round_to % ffn.multiple]
-    if unfit:
+    unfit = [ffn for ffn in ffns if (round_to or ffn.multiple) % ffn.multiple]
+    if round_to is not None and unfit:
         need = unfit[0].multiple
         raise CompressionError(
             f"round_to={round_to} does not fit the experts in {unfit[0].name!r} ({len(unfit)} such blocks): their kernel takes "
