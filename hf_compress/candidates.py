@@ -323,6 +323,9 @@ def _pairs(modules: dict[str, nn.Module], linears: dict[str, str], by_class: boo
             yield down, ups
 
 
+# Experts in one tensor are multiplied by torch's grouped_mm, if a model is set to it (most are), whose rows are whole 16 bytes:
+# 8 numbers in half precision, 4 in float32. A checkpoint says neither the dtype nor the kernel that it will run with.
+ROW = 8
 # (up projections, down projection) of experts whose weights are one tensor
 EXPERTS = (
     (("gate_up_proj", "up_proj", "gate_proj"), "down_proj"),
@@ -360,7 +363,10 @@ def _experts(name: str, module: nn.Module) -> FeedForward | None:
         parts = tuple(Part(name, dim, of_ups, key) for key in ups)
         # DBRX hands the weights of one expert after the other to the forward of the module that holds them
         scope = parent_of(name) if len(out) == 2 else name
-        return FeedForward(name, size, name, (*parts, Part(name, inside, layout, down)), scope, (down, inside))
+        multiple = ROW if is_dispatched(module) else 1
+        return FeedForward(
+            name, size, name, (*parts, Part(name, inside, layout, down)), scope, (down, inside), multiple=multiple
+        )
     children = dict(module.named_children())
     if type(module).__name__ == "JetMoeMoA":  # experts of an attention
         return None
@@ -373,6 +379,11 @@ def _experts(name: str, module: nn.Module) -> FeedForward | None:
             parts = (Part(first, 1, of_up, "weight"), Part(last, 2, "n", "weight"))
             return FeedForward(name, out.shape[2], last, parts, name, ("weight", 2))
     return None
+
+
+def is_dispatched(module: nn.Module) -> bool:
+    """Whether transformers lets the config choose what multiplies these experts (`use_experts_implementation`)."""
+    return hasattr(module, "is_transposed") and hasattr(getattr(module, "config", None), "_experts_implementation")
 
 
 # --- names -------------------------------------------------------------------------------------------------------

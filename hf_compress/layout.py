@@ -22,7 +22,7 @@ from .exits.runtime import attach_exits_
 from .heads import HOW, ConfigView, HeadCount, narrow_, select_heads_
 from .kinds import check_kinds, follow_ties_, make_
 from .mixtures import COUNTS, GROUPS, experts_of, settle_counts_
-from .modules import PLAIN, LockedLinear, dense_weight, gate_, is_gated, lock_, plain_kind, width
+from .modules import PLAIN, GatedParameter, LockedLinear, dense_weight, gate_, is_gated, lock_, plain_kind, width
 from .quantization import is_quantized
 from .sparse import is_sparse
 from .stacks import carry_, config_parts, counts_layers
@@ -499,23 +499,42 @@ def finish_replayed(model: nn.Module, layout: Layout) -> None:
         if isinstance(module, nn.Linear) and module.weight.ndim == 3:
             module.weight = nn.Parameter(module.weight.detach()[0], requires_grad=module.weight.requires_grad)
             lock_(module)
-    for name, columns in layout.get("gates", {}).items():
+    for name, text in layout.get("gates", {}).items():
         module = find(name)
         if module is None:
             continue
-        kept = from_spans(columns)
-        if type(module) not in (*PLAIN, *PLAIN.values()) or not kept or max(kept) >= width(module, 1):
+        of, _, columns = text.rpartition(":")
+        kept, consumer = from_spans(columns), _consumer(module, of)
+        if consumer is not None:
+            size = module._parameters[consumer[0]].shape[consumer[1]]  # type: ignore[union-attr]
+        else:
+            size = width(module, 1) if not of and type(module) in (*PLAIN, *PLAIN.values()) else 0
+        if not kept or max(kept) >= size:
             raise CompressionError(f"The checkpoint masks inputs of {name!r} that this model does not have.")
-        gate = gate_(module).zero_()
+        gate = gate_(module, consumer=consumer).zero_()
         gate[torch.tensor(kept, device=gate.device)] = 1.0
 
 
+def _consumer(module: nn.Module, text: str) -> tuple[str, int] | None:
+    """The parameter that reads what is masked, and its dimension, where a record names them."""
+    name, _, dim = text.partition(" ")
+    parameter = module._parameters.get(name)
+    if parameter is None or not dim.isdecimal() or int(dim) >= parameter.ndim:
+        return None
+    return name, int(dim)
+
+
 def gates_of(model: nn.Module) -> dict[str, str]:
-    """Which inputs of which projections are not masked, for every projection that masks some: a layout's `gates`."""
+    """Which inputs of which projections are not masked, for every projection that masks some: a layout's `gates`.
+
+    Of experts, and of a model's own kind of Linear, which parameter reads them comes first: `"down_proj 2: 0-7 16"`.
+    """
     found = {}
     for name, module in model.named_modules():
         if is_gated(module) and bool((module.hfc_gate == 0).any()):  # type: ignore[union-attr]
             found[name] = spans_of(tuple(module.hfc_gate.nonzero().flatten().tolist()))  # type: ignore[operator,union-attr]
+            if isinstance(module, GatedParameter):
+                found[name] = f"{module.hfc_consumer[0]} {module.hfc_consumer[1]}: {found[name]}"
     return found
 
 

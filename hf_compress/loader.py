@@ -27,6 +27,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from .caches import host_caches_
 from .conversions import name_
 from .edits import CompressionError
+from .expert_kernels import settle_kernels_
 from .inner import around, check_inner
 from .layout import OWN, check, finder, finish_replayed, replay_
 from .parts import gathered, stamp_parts_
@@ -264,6 +265,7 @@ class HfCompressQuantizer(HfQuantizer):
             model.__dict__.pop(name, None)
         host_quantized_(model)
         host_caches_(model, self.quantization_config)
+        settle_kernels_(model)
         if self.quantization_config.layout.get("names") == OWN:
             name_(model, [])  # parts that are saved by themselves too
         return model

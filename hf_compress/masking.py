@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from .compensation import Compensation
+from .cutting import unit_columns
 from .discover import Attention, discover
 from .edits import CompressionError, KeepHeads, KeepNeurons
 from .mixtures import close_
@@ -102,5 +103,5 @@ def masks_in(owner: nn.Module) -> Plan:
             if isinstance(block, Attention):
                 edits.append(KeepHeads(block.name, tuple((columns // block.head_dim).unique().tolist())))
             else:
-                edits.append(KeepNeurons(block.name, tuple(columns.tolist())))
+                edits.append(KeepNeurons(block.name, tuple(unit_columns(block)[columns.cpu()].unique().tolist())))
     return Plan(edits)

@@ -73,22 +73,33 @@ def check_modules(model: nn.Module, cuts: list[Cut]) -> None:
             check_part(modules, part)
 
 
-def check_experts(model: nn.Module, cuts: list[Cut]) -> None:
-    """Refuse neurons of experts that the kernel which the model is set to cannot multiply."""
+def check_experts(cuts: list[Cut]) -> None:
+    """Refuse numbers of neurons that the kernel of experts cannot multiply in every dtype."""
     for cut in cuts:
-        module = model.get_submodule(cut.block.out)
-        kernel = getattr(getattr(module, "config", None), "_experts_implementation", None)
-        if cut.block.consumer is None or kernel != "grouped_mm" or not isinstance(cut.block, FeedForward):
-            continue
-        weight = module._parameters[cut.block.consumer[0]]
-        assert weight is not None
-        multiple = 16 // weight.element_size()
-        if multiple > 1 and len(cut.kept) % multiple:
+        block = cut.block
+        if isinstance(block, FeedForward) and len(cut.kept) % block.multiple:
             raise CompressionError(
-                f"KeepNeurons({cut.block.name!r}) keeps {len(cut.kept)} neurons of every expert, and the kernel of this "
-                f"model (grouped_mm) takes rows of 16 bytes: in {weight.dtype}, a multiple of {multiple} (8 fits every "
-                "dtype; round_to=8 in planners). Or model.set_experts_implementation('eager') before cutting."
+                f"KeepNeurons({block.name!r}) keeps {len(cut.kept)} neurons of every expert. transformers multiplies these "
+                f"with torch's grouped_mm, which takes rows of 16 bytes: a multiple of {block.multiple} runs in every dtype (a "
+                "checkpoint says neither the dtype nor the kernel that it will run with). Keep "
+                f"{said_multiples(len(cut.kept), block.size, block.multiple)} (planners do so by themselves)."
             )
+
+
+def said_multiples(count: int, size: int, multiple: int) -> str:
+    """The allowed numbers nearest to one that is not.
+
+    Example:
+
+    ```python
+    >>> from hf_compress.refusals import said_multiples
+    >>> said_multiples(29, 48, 8), said_multiples(5, 48, 8), said_multiples(11, 12, 8)
+    ('24 or 32', '8', '8 or all 12')
+
+    ```
+    """
+    below, above = count // multiple * multiple, -(-count // multiple) * multiple
+    return " or ".join([*([str(below)] if below else []), str(above) if above < size else f"all {size}"])
 
 
 def check_part(modules: Mapping[str, nn.Module], part: Part) -> None:

@@ -62,6 +62,7 @@ class FeedForward:
     consumer: tuple[str, int] | None = field(default=None, repr=False)
     # the same block under other names: other modules with the very same weights, which are cut with it (RT-DETR's boxes)
     twins: tuple[FeedForward, ...] = field(default=(), repr=False)
+    multiple: int = field(default=1, repr=False)  # what stays is a multiple of this, or all: `candidates.ROW`
 
     @property
     def gated(self) -> bool:
@@ -113,8 +114,8 @@ class Structure:
 
     @property
     def own_ffns(self) -> tuple[FeedForward, ...]:
-        """The feed-forward blocks whose weights nothing else uses: those that planners choose from."""
-        return tuple(ffn for ffn in self.ffns if not ffn.twins)
+        """The feed-forward blocks that planners choose from: nothing else uses their weights, and some neurons can go."""
+        return tuple(ffn for ffn in self.ffns if not ffn.twins and (ffn.multiple == 1 or ffn.size > ffn.multiple))
 
     @property
     def channels(self) -> tuple[Convolution, ...]:

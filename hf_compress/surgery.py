@@ -275,6 +275,7 @@ def _cut(
     inputs: Mapping[str, Any] | None,
     undo: Undo,
     within: Callable[[], AbstractContextManager[Any]],
+    proved: Mapping[str, Variant] | None = None,
 ) -> None:
     resolved = resolve(model, plan)
     cuts, removed = resolved.cuts, resolved.removed
@@ -288,11 +289,12 @@ def _cut(
     check_adapters(model)
     check_modules(model, cuts)
     check_masks(model, cuts)
-    check_experts(model, cuts)
+    check_experts(cuts)
     touched = [cut.block.name for cut in cuts] + [one.block.name for one in new] + list(removed)
     owners = [(n, o) for n, o in owners_in(model) if not n or any(t.startswith(f"{n}.") for t in touched)]
     numbers = {name: config_numbers(owner) for name, owner in owners}
-    proved = _prove_all(model, resolved, inputs)
+    if proved is None:
+        proved = _prove_all(model, resolved, inputs)
     wide = [cut.block.name for cut in cuts if proved[cut.block.name].spread]
     if wide:
         logger.warning(
@@ -327,7 +329,32 @@ def prove_variants(model: nn.Module, plan: Plan, inputs: Mapping[str, Any] | Non
     check_foreign(model)
     resolved = resolve(model, plan)
     check_modules(model, resolved.cuts)
+    check_experts(resolved.cuts)
     return _prove_all(model, resolved, inputs)
+
+
+def rehearse(model: nn.Module, plan: Plan, proved: Mapping[str, Variant]) -> None:
+    """Do all that `apply_` does with a plan of heads and neurons, and take it back: what it would refuse is refused now.
+
+    No weight is sliced: shapes tell whether what is left can be saved and loaded.
+
+    Args:
+        model (`nn.Module`): the model; as it was when this returns or raises.
+        plan (`Plan`): `KeepHeads` and `KeepNeurons` alone, without weights of their own.
+        proved (`dict`): how each block is cut (`prove_variants`), so that nothing is proved again.
+
+    Raises:
+        CompressionError: as `apply_`.
+    """
+    model = _unwrapped(model)
+    undo = Later()
+    undo.waits = True
+    try:
+        own_configs_(model, undo)
+        _cut(model, plan, None, undo, nullcontext, proved)
+    finally:
+        while undo:
+            undo.pop()()
 
 
 def _unwrapped(model: Any) -> nn.Module:

@@ -54,7 +54,7 @@ class PruningArguments:
     end: float = field(default=0.5, metadata={"help": "When all that goes is masked; the rest heals."})
     scope: str = field(default="global", metadata={"help": "Rank all layers together (global) or each alone (layer)."})
     uniform: bool = field(default=False, metadata={"help": "The same width everywhere, where it loads without the plugin."})
-    round_to: int = field(default=1, metadata={"help": "Round kept neurons to a multiple of this."})
+    round_to: int | None = field(default=None, metadata={"help": "Round kept neurons to a multiple of this."})
 
 
 # --- the same in prune.py, distill.py, quantize.py and early_exit.py, until the next such line ------------------------

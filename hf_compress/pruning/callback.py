@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -61,6 +62,10 @@ class PruningCallback(TrainerCallback, ExportableState):
     mask. A checkpoint from the middle holds its masks: it loads as the masked model, and resuming from it (also after a
     kill) ends as the uninterrupted run would have. An exception in `train()` takes every gate off again.
 
+    What will be cut is tried before the first step, on sizes as they will be, so that what cannot be cut or saved is refused
+    then. Where the cut is refused at the end all the same (weights that are not finite), the masked model is saved in
+    `output_dir/masked` before that is raised.
+
     Args:
         heads (`float`, defaults to 0.0): the fraction of all heads to remove, in [0, 1).
         neurons (`float`, defaults to 0.0): the fraction of all FFN neurons to remove, in [0, 1).
@@ -74,7 +79,7 @@ class PruningCallback(TrainerCallback, ExportableState):
             target a quarter.
         scope (`str`, defaults to `"global"`): rank all layers together, or each alone (`"layer"`).
         uniform (`bool`, defaults to `False`): give every layer the same width.
-        round_to (`int`, defaults to 1): round kept neurons to a multiple of this.
+        round_to (`int`, *optional*): round kept neurons to a multiple of this; see `plan_pruning` for experts.
         smoothing (`float`, defaults to 0.98): weight of the past in the running average of scores.
         seed (`int`, defaults to 0): of `"random"`.
         inputs (`dict`, *optional*): a small batch for the proof of the cut (see `apply_`); by default inputs are made, or
@@ -120,7 +125,7 @@ class PruningCallback(TrainerCallback, ExportableState):
         every: int | None = None,
         scope: str = "global",
         uniform: bool = False,
-        round_to: int = 1,
+        round_to: int | None = None,
         smoothing: float = 0.98,
         seed: int = 0,
         inputs: Mapping[str, Any] | None = None,
@@ -277,7 +282,10 @@ class PruningCallback(TrainerCallback, ExportableState):
         run.undo()
         run.warn_if_off()
         self.stages = run.stages
-        self.plan = run.cut(optimizer)
+        try:
+            self.plan = run.cut(optimizer)
+        except CompressionError as error:
+            raise self._kept(run, args, error) from error
         self._run = None
         if isinstance(run, StagedRun) and state.is_world_process_zero and args.output_dir:
             try:
@@ -289,6 +297,19 @@ class PruningCallback(TrainerCallback, ExportableState):
             trainer.model_wrapped = trainer.model  # a wrapper around it holds weights that are gone
         if getattr(args, "torch_compile", False):
             torch.compiler.reset()
+
+    def _kept(self, run: PruningRun, args: Any, error: CompressionError) -> CompressionError:
+        """What to say where the cut is refused after all (a training that diverged, say): the training is kept, masked."""
+        self._run = None
+        if run.trainer is None:
+            return CompressionError(f"{error} The model is trained, and its masks are on: it can be saved.")
+        unguard(run.trainer)
+        folder = os.path.join(args.output_dir or ".", "masked")
+        run.trainer.save_model(folder)
+        return CompressionError(
+            f"{error} The training is not lost: the model is saved under its masks in {folder!r}, at its full size. Load it, "
+            "and cut what can be cut: apply_(model, model.config.quantization_config.masks)."
+        )
 
     def _abandon(self) -> None:
         """Training failed: leave no gate behind."""

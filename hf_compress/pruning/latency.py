@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import math
 import os
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -111,7 +112,7 @@ def grid(block: Block) -> list[int]:
     if isinstance(block, Attention):
         many = min(units, MOST_HEADS)
         return sorted({max(1, round(units * (i + 1) / many)) for i in range(many)})
-    multiple = MULTIPLE if units > 2 * MULTIPLE else max(1, units // 8)
+    multiple = math.lcm(block.multiple, MULTIPLE if units > 2 * MULTIPLE else max(1, units // 8))
     sizes, size = {units}, float(units)
     while size > multiple:
         size = min(size * STEP, size - multiple)

@@ -23,6 +23,7 @@ from .select import (
     check_options,
     check_seed,
     count_units,
+    multiples_of,
     nothing_to_choose,
     plan_of,
     select,
@@ -43,7 +44,7 @@ def plan_pruning(
     score: str = "taylor",
     scope: str = "global",
     uniform: bool = False,
-    round_to: int = 1,
+    round_to: int | None = None,
     tune: bool | None = None,
     loss_fn: LossFn | None = None,
     seed: int = 0,
@@ -69,7 +70,8 @@ def plan_pruning(
         scope (`str`, defaults to `"global"`): rank all layers together, or (`"layer"`) remove the same fraction of each.
         uniform (`bool`, defaults to `False`): give every layer the same width, so that the result stays a stock
             checkpoint where the architecture's config can say it.
-        round_to (`int`, defaults to 1): round kept neurons to a multiple of this (32 suits most kernels).
+        round_to (`int`, *optional*): round kept neurons to a multiple of this (32 suits most kernels). By default experts that
+            transformers multiplies by `grouped_mm` keep a multiple of 8, which that needs, and nothing else is rounded.
         tune (`bool`, *optional*): scale each head and neuron that stays so that every layer gives what it gave, by least
             squares (Kwon 2022; see `hf_compress.pruning.tuning`). By default with `"fisher"` alone. The scales are in the
             plan's tensors.
@@ -81,8 +83,8 @@ def plan_pruning(
         `Plan`: `KeepHeads` and `KeepNeurons` for every block that loses something.
 
     Raises:
-        CompressionError: a fraction outside [0, 1), an unknown score or scope, nothing to cut, no batches or no loss for a
-            score that needs them, or no batches to tune on.
+        CompressionError: a fraction outside [0, 1), an unknown score or scope, nothing to cut, a `round_to` that the experts
+            cannot have, no batches or no loss for a score that needs them, or no batches to tune on.
 
     Example:
 
@@ -120,6 +122,7 @@ def plan_pruning(
     for fraction, blocks, what in ((heads, structure.attentions, "heads"), (neurons, structure.own_ffns, "neurons")):
         if fraction and not blocks:
             raise CompressionError(nothing_to_choose(model, structure, what))
+    multiples = multiples_of(structure.own_ffns if neurons else (), round_to)
     if tune and batches is not None:
         batches = checked_batches(batches)  # they are read twice
     elif tune and score in ("magnitude", "random"):
@@ -130,7 +133,9 @@ def plan_pruning(
         if batches is not None and not isinstance(batches, Sequence):
             batches = list(batches)
         first = batches[0] if batches else None
-        options: dict[str, Any] = dict(score=score, scope=scope, uniform=uniform, round_to=round_to, seed=seed, inputs=first)
+        options: dict[str, Any] = dict(
+            score=score, scope=scope, uniform=uniform, round_to=round_to or 1, seed=seed, inputs=first
+        )
         cut_channels = plan_channels(model, channels, **options, batches=batches, loss_fn=loss_fn)
     if not wanted:
         return Plan(cut_channels)
@@ -144,10 +149,9 @@ def plan_pruning(
             raise CompressionError(
                 f"The scores of {unfit[0]!r} are not finite; the model's weights or the batches hold NaN or infinite values."
             )
-        rounded = round_to if what == "neurons" else 1
-        kept[what] = select(scores, fraction, scope=scope, uniform=uniform, round_to=rounded)
+        kept[what] = select(scores, fraction, scope=scope, uniform=uniform, round_to=multiples)
         if scores:
-            warn_if_off(what, fraction, kept[what], {name: len(s) for name, s in scores.items()})
+            warn_if_off(what, fraction, kept[what], {name: len(s) for name, s in scores.items()}, multiples)
         if arrange is not None:
             kept[what] = {name: arrange(rows[name], units) for name, units in kept[what].items()}
     plan = plan_of(structure, kept["heads"], kept["neurons"])

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import nn
 from transformers import PreTrainedModel, Trainer
 
+from ..compensation import name_of
 from ..cutting import Block, Variant
 from ..discover import Attention, Structure, discover
 from ..edits import CompressionError
@@ -24,7 +25,7 @@ from ..plan import Plan
 from ..probe import NoInputs, owners_in
 from ..record import own_configs_
 from ..refusals import check_foreign
-from ..surgery import apply_, prove_variants
+from ..surgery import apply_, prove_variants, rehearse
 from .schedules import SCHEDULES
 from .scores import SCORES, Score
 from .select import (
@@ -33,6 +34,7 @@ from .select import (
     count_units,
     fold,
     fold_mean,
+    multiples_of,
     nothing_to_choose,
     plan_of,
     select,
@@ -61,6 +63,7 @@ class PruningRun:
         self.how = self._score()
         self.structure: Structure = discover(model)
         self.blocks = self._blocks()
+        self.multiples = self._multiples()
         self.outs = {block.name: model.get_submodule(block.out) for block in self.blocks}
         self.consumers = {block.name: block.consumer for block in self.blocks}
         self.first = max(1, round(options["start"] * max_steps))
@@ -78,6 +81,10 @@ class PruningRun:
 
     def _score(self) -> Score:
         return SCORES[self.options["score"]]
+
+    def _multiples(self) -> dict[str, int]:
+        """Of what each block's neurons are kept a multiple."""
+        return multiples_of(self.blocks, self.options["round_to"])
 
     def _blocks(self) -> list[Block]:
         """What is pruned; refused where there is none, or none that can be scored."""
@@ -110,7 +117,10 @@ class PruningRun:
                         f"score={self.options['score']!r} reads the gradient of {block.out!r}, which is frozen. Train it, or "
                         "use score='magnitude' or 'activation'."
                     )
-        plan = trial_plan(self.model, self.structure, self.blocks)
+        likely = self._likely()
+        # what the end may leave whole is proved too: by its scores it may not
+        whole = [block for block in self.blocks if block.name not in {name_of(edit) for edit in likely}]
+        plan = likely + trial_plan(self.model, self.structure, whole)
         try:
             self.proved = prove_variants(self.model, plan, self.inputs)
         except NoInputs as error:
@@ -123,6 +133,16 @@ class PruningRun:
                 self.proved = prove_variants(self.model, plan, self.inputs)
             except NoInputs as again:
                 raise NoInputs(f"{again} Give them to the callback: PruningCallback(inputs=...).") from again
+        rehearse(self.model, likely, self.proved)
+
+    def _likely(self) -> Plan:
+        """A plan as the one at the end will be, by random scores: with one fraction for all blocks, of the same sizes."""
+        draw = torch.Generator().manual_seed(0)
+        scores = {block.name: torch.rand(count_units(block), generator=draw) for block in self.blocks}
+        alive = {block.name: alive_units(self.model, block) for block in self.blocks}
+        kept = self._selected(scores, 1.0, alive)
+        heads = {b.name: kept[b.name] for b in self.blocks if isinstance(b, Attention)}
+        return plan_of(self.structure, heads, {b.name: kept[b.name] for b in self.blocks if b.name not in heads})
 
     def begin(self, saved: dict[str, Any] | None) -> None:
         """Put the gates on, all ones or as a checkpoint left them."""
@@ -143,7 +163,11 @@ class PruningRun:
         names = {id(p): name for name, p in self.model.named_parameters()}
         self._ungate(restore=False)
         self._restore_records()
-        apply_(self.model, plan, inputs=self.inputs)
+        try:
+            apply_(self.model, plan, inputs=self.inputs)
+        except CompressionError:
+            self._write_gates()  # the model that was trained is the masked one
+            raise
         inner = getattr(optimizer, "optimizer", optimizer)
         if inner is not None:
             now = dict(self.model.named_parameters())
@@ -236,28 +260,39 @@ class PruningRun:
             alive = {b.name: self.alive[b.name] for b in self.blocks if isinstance(b, Attention) is kind}
             kept = {name: a.nonzero().flatten().tolist() for name, a in alive.items()}
             if kept:
-                warn_if_off(what, self.options[what], kept, {name: len(a) for name, a in alive.items()})
+                sizes = {name: len(a) for name, a in alive.items()}
+                warn_if_off(what, self.options[what], kept, sizes, self.multiples)
 
     @torch.no_grad()
     def _mask(self, progress: float) -> None:
-        share, ranking = SCHEDULES[self.options["schedule"]](progress), self._ranking()
-        for kind, what in ((True, "heads"), (False, "neurons")):
-            scores = {b.name: ranking[b.name] for b in self.blocks if isinstance(b, Attention) is kind}
-            if not scores:
-                continue
-            kept = select(
-                scores,
-                self.options[what] * share,
-                scope=self.options["scope"],
-                uniform=self.options["uniform"],
-                round_to=self.options["round_to"] if what == "neurons" and share >= 1 else 1,
-                alive={name: self.alive[name] for name in scores},
-            )
-            for name, units in kept.items():
-                self.alive[name] = torch.zeros_like(self.alive[name])
-                self.alive[name][units] = True
+        kept = self._selected(self._ranking(), SCHEDULES[self.options["schedule"]](progress), self.alive)
+        for name, units in kept.items():
+            self.alive[name] = torch.zeros_like(self.alive[name])
+            self.alive[name][units] = True
         self._write_gates()
         self._log(self._shares())
+
+    def _selected(
+        self, ranking: Mapping[str, torch.Tensor], share: float, alive: Mapping[str, torch.Tensor]
+    ) -> dict[str, list[int]]:
+        """The units that stay where a share of all that is to go has gone, by block.
+
+        Rounded at every step, not at the last alone: what is masked does not come back, so a count that lies between two
+        multiples could only be rounded down then.
+        """
+        kept: dict[str, list[int]] = {}
+        for kind, what in ((True, "heads"), (False, "neurons")):
+            scores = {b.name: ranking[b.name] for b in self.blocks if isinstance(b, Attention) is kind}
+            if scores:
+                kept |= select(
+                    scores,
+                    self.options[what] * share,
+                    scope=self.options["scope"],
+                    uniform=self.options["uniform"],
+                    round_to=self.multiples,
+                    alive={name: alive[name] for name in scores},
+                )
+        return kept
 
     def _log(self, numbers: dict[str, float]) -> None:
         if self.trainer is not None:
@@ -320,7 +355,10 @@ class PruningRun:
         }
 
     def _resume(self, saved: dict[str, Any]) -> None:
-        differ = sorted(k for k, v in self.options.items() if saved.get("options", {}).get(k, v) != v)
+        before = dict(saved.get("options", {}))
+        if self.options["round_to"] is None and before.get("round_to") == 1:
+            before["round_to"] = None  # what nothing said in earlier versions
+        differ = sorted(k for k, v in self.options.items() if before.get(k, v) != v)
         if differ:
             name = differ[0]
             raise CompressionError(
@@ -342,7 +380,13 @@ class PruningRun:
             self.scores[name] = _decode(text).to(self.outs[name].weight.device)  # type: ignore[arg-type]
             if self.how.needs == "activation":
                 self.scores[name] = self.scores[name].view(2, -1)
-        self.is_full = saved["is_full"]
+        # masks of an earlier version may lie between two multiples: the next step of the schedule rounds them
+        self.is_full = saved["is_full"] and not any(
+            int(self.alive[name].sum()) % multiple for name, multiple in self.multiples.items() if self._is_masked(name)
+        )
+
+    def _is_masked(self, name: str) -> bool:
+        return not bool(self.alive[name].all())
 
 
 def _encode(tensor: torch.Tensor) -> str:

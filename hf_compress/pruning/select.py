@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import numbers
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
-from ..cutting import Block
-from ..discover import Attention, Part, Structure, nearest, owners
+from ..cutting import Block, unit_columns
+from ..discover import Attention, FeedForward, Part, Structure, nearest, owners
 from ..edits import CompressionError, KeepHeads, KeepNeurons
 from ..modules import dense_weight, is_gated
 from ..plan import Plan
@@ -30,6 +30,12 @@ def nothing_to_choose(model: nn.Module, structure: Structure, what: str) -> str:
             f"The only neurons of this {type(model).__name__} are in weights that several modules share ({twins[0]!r}); a "
             "planner leaves those alone. Name what stays: KeepNeurons."
         )
+    small = next((ffn for ffn in structure.ffns if ffn.size <= ffn.multiple != 1), None)
+    if what == "neurons" and small is not None:
+        return (
+            f"The experts of this {type(model).__name__} ({small.name!r}) have {small.size} neurons each, and their kernel "
+            f"takes multiples of {small.multiple}: none can go. Remove whole experts (plan_experts)."
+        )
     return f"{type(model).__name__} has no {what} that can be cut; see discover(model)."
 
 
@@ -38,7 +44,7 @@ def check_options(
     neurons: float,
     score: str,
     scope: str,
-    round_to: int,
+    round_to: int | None,
     uniform: bool,
     channels: float = 0.0,
     training: bool = False,
@@ -63,8 +69,28 @@ def check_options(
         raise CompressionError(f"scope must be 'global' (rank all layers together) or 'layer' (each alone), got {scope!r}.")
     if not isinstance(uniform, bool):
         raise CompressionError(f"uniform must be True or False, got {uniform!r}.")
-    if not isinstance(round_to, int) or isinstance(round_to, bool) or round_to < 1:
+    if round_to is not None and (not isinstance(round_to, int) or isinstance(round_to, bool) or round_to < 1):
         raise CompressionError(f"round_to must be a whole number of neurons >= 1, got {round_to!r}.")
+
+
+def multiples_of(blocks: Iterable[Block], round_to: int | None) -> dict[str, int]:
+    """Of what each block's neurons that stay are a multiple, where they are rounded at all.
+
+    `round_to`, or (None) what the block needs: 8 for experts that transformers multiplies by `grouped_mm`.
+
+    Raises:
+        CompressionError: `round_to` is no multiple of what a block needs.
+    """
+    ffns = [block for block in blocks if isinstance(block, FeedForward)]
+    unfit = [ffn for ffn in ffns if (round_to or ffn.multiple) % ffn.multiple]
+    if round_to is not None and unfit:
+        need = unfit[0].multiple
+        raise CompressionError(
+            f"round_to={round_to} does not fit the experts in {unfit[0].name!r} ({len(unfit)} such blocks): their kernel takes "
+            f"multiples of {need}. Use a multiple of {need} (round_to={-(-round_to // need) * need}), or leave round_to out: "
+            "experts are then rounded to what they need, and nothing else is."
+        )
+    return {ffn.name: round_to or ffn.multiple for ffn in ffns}
 
 
 def check_seed(seed: int) -> None:
@@ -84,7 +110,7 @@ def check_measurable(model: nn.Module, blocks: Sequence[Block], score: str) -> N
 
 def units_of(block: Block) -> torch.Tensor:
     """The unit of each input column of the output projection: a neuron, a kv group, or a head where all share one kv."""
-    columns = owners("n" if not isinstance(block, Attention) else "q", block)
+    columns = owners("q", block) if isinstance(block, Attention) else unit_columns(block)
     if isinstance(block, Attention) and block.num_key_value_heads > 1:
         return columns // block.groups
     return columns
@@ -130,7 +156,12 @@ def alive_units(model: nn.Module, block: Block) -> torch.Tensor:
 
 def trial_plan(model: nn.Module, structure: Structure, blocks: Sequence[Block]) -> Plan:
     """Every second unit of these blocks: a plan to prove that they can be cut, and how their units lie."""
-    half = {b.name: alive_units(model, b).nonzero().flatten().tolist()[::2] for b in blocks}
+    alive = {b.name: alive_units(model, b).nonzero().flatten().tolist() for b in blocks}
+    half = {name: units[::2] for name, units in alive.items()}
+    for name, multiple in multiples_of(blocks, None).items():
+        if len(alive[name]) > multiple > 1:
+            count = max(multiple, len(half[name]) // multiple * multiple)
+            half[name] = half[name][:count] if count <= len(half[name]) else alive[name][:count]
     heads = {b.name: half[b.name] for b in blocks if isinstance(b, Attention)}
     return plan_of(structure, heads, {name: kept for name, kept in half.items() if name not in heads})
 
@@ -172,14 +203,22 @@ def weight_squares(model: nn.Module, block: Block, found: Mapping[str, tuple[Par
     return total
 
 
-def warn_if_off(what: str, asked: float, kept: Mapping[str, Sequence[int]], sizes: Mapping[str, int]) -> None:
+def warn_if_off(
+    what: str,
+    asked: float,
+    kept: Mapping[str, Sequence[int]],
+    sizes: Mapping[str, int],
+    multiples: Mapping[str, int] | None = None,
+) -> None:
     """Say so where rounding, or the one unit that every block keeps, makes the result another than what was asked."""
     total = sum(sizes.values())
     removed = 1 - sum(len(units) for units in kept.values()) / total
+    rounded = [m for name, m in (multiples or {}).items() if name in sizes and m > 1]
     if total and abs(removed - asked) > 0.02:
         logger.warning(
             f"{removed:.1%} of the {what} will go and not the {asked:.1%} that was asked: every block keeps at least one unit, "
-            f"and units are whole ({', '.join(map(str, sorted(set(sizes.values()))))} a block)."
+            f"and units are whole ({', '.join(map(str, sorted(set(sizes.values()))))} a block)"
+            + (f"; {len(rounded)} of the blocks keep a multiple of {' or '.join(map(str, set(rounded)))}." if rounded else ".")
         )
 
 
@@ -189,7 +228,7 @@ def select(
     *,
     scope: str = "global",
     uniform: bool = False,
-    round_to: int = 1,
+    round_to: int | Mapping[str, int] = 1,
     alive: Mapping[str, torch.Tensor] | None = None,
 ) -> dict[str, list[int]]:
     """Which units stay when a fraction of all goes, the lowest scores first.
@@ -200,13 +239,15 @@ def select(
     Args:
         scores: by block, shape (units,).
         fraction: of all units, to be removed, in [0, 1).
-        round_to: kept counts are rounded to a multiple of this.
+        round_to: kept counts are rounded to a multiple of this, the nearest; by block where it is a dict. A block that loses
+            nothing keeps what it has.
         alive: by block, a mask of the units that are still there; the others never come back.
 
     Returns:
         by block, the sorted units that stay.
     """
     alive = alive or {name: torch.ones(len(s), dtype=torch.bool) for name, s in scores.items()}
+    multiples = {name: round_to.get(name, 1) if isinstance(round_to, Mapping) else round_to for name in scores}
     ranked = {n: torch.where(alive[n], s.double().cpu(), -float("inf")) for n, s in scores.items()}
     counts: dict[str, int] = {}
     if uniform or scope == "layer":
@@ -215,7 +256,7 @@ def select(
     else:
         total = sum(len(s) for s in ranked.values())
         budget = round(fraction * total)
-        floor = {n: min(len(s), max(1, round_to)) for n, s in ranked.items()}
+        floor = {n: min(len(s), max(1, multiples[n])) for n, s in ranked.items()}
         # the best `floor` units of a block are never candidates, so the budget is met wherever that is possible
         candidates = [
             (value, name)
@@ -228,15 +269,20 @@ def select(
             counts[name] -= 1
     kept = {}
     for name, s in ranked.items():
-        size, there = len(s), int(alive[name].sum())
-        count = counts[name]
-        if round_to > 1 and count < size:
-            count = max(round_to, round(count / round_to) * round_to)
-            if count > there:  # what is masked does not come back
-                count = there // round_to * round_to or there
-        count = max(1, min(count, there))
+        count = _rounded(counts[name], multiples[name], int(alive[name].sum()), len(s))
         kept[name] = sorted(s.argsort(descending=True, stable=True)[:count].tolist())
     return kept
+
+
+def _rounded(count: int, multiple: int, there: int, size: int) -> int:
+    """The multiple nearest to a count, at least one and no more than are there; all where none goes."""
+    count = max(1, min(count, there))
+    if multiple == 1 or count == size:
+        return count
+    near = max(multiple, round(count / multiple) * multiple)
+    if near <= there:
+        return near
+    return size if there == size else there // multiple * multiple or there  # what is masked does not come back
 
 
 def plan_of(structure: Structure, heads: Mapping[str, list[int]], neurons: Mapping[str, list[int]]) -> Plan:

@@ -30,7 +30,7 @@ from .run import PruningRun
 from .schedules import ratio_at
 from .scores import Score
 from .search import Database, is_small
-from .select import count_units, unit_of, units_of
+from .select import count_units, trial_plan, unit_of, units_of
 
 logger = logging.get_logger(__name__)
 
@@ -64,8 +64,14 @@ class StagedRun(PruningRun):
     def _score(self) -> Score:
         return Score("second order", lambda scores: scores)
 
+    def _multiples(self) -> dict[str, int]:
+        return {}  # its grids of sizes say it (`latency.grid`)
+
     def _blocks(self) -> list[Block]:
         return blocks_for(self.model, self.structure, True, True)
+
+    def _likely(self) -> Plan:
+        return trial_plan(self.model, self.structure, self.blocks)
 
     def check(self) -> None:
         if self.batches is None:

@@ -10,7 +10,7 @@ import torch
 
 from ..discover import Structure
 from ..edits import CompressionError
-from ..pruning.select import count_units, select
+from ..pruning.select import count_units, multiples_of, select
 
 
 def check_share(structure: Structure, options: Mapping[str, Any]) -> None:
@@ -39,13 +39,13 @@ smallest share that removes something is 0.021.
     ```
     """
     reasons = []
-    for word, blocks in (("heads", structure.attentions), ("neurons", structure.ffns)):
+    for word, blocks in (("heads", structure.attentions), ("neurons", structure.own_ffns)):
         share, sizes = options.get(word, 0), {block.name: count_units(block) for block in blocks}
         if not share or not sizes:
             continue
-        rules = {name: options[name] for name in ("scope", "uniform", "round_to") if name in options}
-        if word == "heads":
-            rules.pop("round_to", None)
+        rules = {name: options[name] for name in ("scope", "uniform") if name in options}
+        multiples = multiples_of(blocks, options.get("round_to"))  # of no heads
+        rules["round_to"] = multiples
         if removes(share, sizes, rules):
             continue
         least = smallest_share(sizes, rules)
@@ -54,7 +54,9 @@ smallest share that removes something is 0.021.
         unit = "group of heads" if grouped else word.removesuffix("s")
         units = "groups of heads" if grouped else word
         whole = (
-            f"{units} are kept in multiples of {rules['round_to']}" if rules.get("round_to", 1) > 1 else f"a {unit} goes whole"
+            f"{units} are kept in multiples of {' or '.join(map(str, sorted({*multiples.values()})))}"
+            if any(multiple > 1 for multiple in multiples.values())
+            else f"a {unit} goes whole"
         )
         found = f"The smallest share that removes something is {least:g}." if least else f"No share of the {word} removes any."
         reasons.append(
@@ -71,7 +73,7 @@ def removes(share: float, sizes: Mapping[str, int], rules: Mapping[str, Any]) ->
     Args:
         share (`float`): of all units, in [0, 1).
         sizes (`dict[str, int]`): units, by block.
-        rules (`dict`): any of `scope`, `uniform`, `round_to`, as `plan_pruning` takes them.
+        rules (`dict`): any of `scope`, `uniform`, `round_to`, as `select` takes them.
 
     ```python
     >>> from hf_compress.recipe.shares import removes
@@ -81,7 +83,9 @@ def removes(share: float, sizes: Mapping[str, int], rules: Mapping[str, Any]) ->
     ```
     """
     # where blocks are ranked together, most goes from one of them when its scores are the lowest
-    for name in {size: name for name, size in sizes.items()}.values():
+    multiples = rules.get("round_to", 1)
+    of = multiples if isinstance(multiples, Mapping) else {}
+    for name in {(size, of.get(name)): name for name, size in sizes.items()}.values():
         scores = {other: torch.full((size,), float(other != name)) for other, size in sizes.items()}
         kept = select(scores, share, **rules)
         if any(len(units) < sizes[block] for block, units in kept.items()):

@@ -211,7 +211,7 @@ def _check_prune(step: Step) -> None:
         return
     check_options(
         **{
-            "heads": 0.0, "neurons": 0.0, "score": "taylor", "scope": "global", "round_to": 1, "uniform": False,
+            "heads": 0.0, "neurons": 0.0, "score": "taylor", "scope": "global", "round_to": None, "uniform": False,
             **{k: v for k, v in step.own(plan_pruning).items() if k not in ("seed", "tune")},
         }
     )  # fmt: skip
