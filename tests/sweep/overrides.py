@@ -131,6 +131,11 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "vipllava": {"vision_feature_layer": [-1, -2]},
     "step3p7": {"text_config": {"sliding_window": 8}},
     "xclip": {"projection_dim": 64, "text_config": {"projection_dim": 64}, "vision_config": {"projection_dim": 64}},
+    "zamba": {"num_hidden_layers": 4, "layers_block_type": ["linear_attention", "hybrid"] * 2, "attention_hidden_size": DROP},
+    "zamba2": {
+        **{"num_hidden_layers": 4, "layers_block_type": ["linear_attention", "hybrid"] * 2, "hybrid_layer_ids": DROP},
+        **{"adapter_rank": 8, "attention_hidden_size": DROP, "num_key_value_heads": 4, "attention_head_dim": 32, "mamba_headdim": 16, "n_mamba_heads": 8},
+    },
     "reformer": {"axial_pos_embds_dim": [24, 40], "axial_pos_shape": [4, 8], "attention_head_size": 16},
 }
 # type -> why it is not built at all
