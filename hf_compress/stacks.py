@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import nn
@@ -28,6 +28,8 @@ INDICES = (
 )  # fmt: skip
 # a module of the first layer that computes something for all layers, and the flag that says so: it must move along
 CARRIED = (("relative_attention_bias", "has_relative_attention_bias"),)
+# tables by the number of a layer, which the layer is called with: which of a shared block's adapters is its own (Zamba2)
+BY_LAYER = ("layer_dic",)
 
 
 def remove_layers_(model: nn.Module, removed: dict[str, tuple[int, ...]], undo: Undo) -> dict[str, dict[str, Any]]:
@@ -45,6 +47,7 @@ def remove_layers_(model: nn.Module, removed: dict[str, tuple[int, ...]], undo: 
         if kept[0] != 0:
             carry_(before["0"], before[str(kept[0])], undo)
         _replace(stack, {str(new): before[str(old)] for new, old in enumerate(kept)})
+        renumber_(stack, kept, undo)
         for new, old in enumerate(kept):
             for name, module in stack._modules[str(new)].named_modules():  # type: ignore[union-attr]
                 for attribute in INDEX:
@@ -68,6 +71,16 @@ def remove_layers_(model: nn.Module, removed: dict[str, tuple[int, ...]], undo: 
 def _replace(stack: nn.Module, entries: dict[str, Any]) -> None:
     stack._modules.clear()
     stack._modules.update(entries)
+
+
+def renumber_(stack: nn.Module, kept: Sequence[int], undo: Undo) -> None:
+    """Tables that modules of a stack look up by the number of their layer, by the numbers that layers have now."""
+    for module in stack.modules():
+        for attribute in BY_LAYER:
+            table = vars(module).get(attribute)
+            if isinstance(table, dict):
+                undo.append(lambda m=module, a=attribute, t=table: setattr(m, a, t))
+                setattr(module, attribute, {new: table[old] for new, old in enumerate(kept) if old in table})
 
 
 def carry_(first: Any, new_first: Any, undo: Undo) -> None:
