@@ -18,6 +18,7 @@ from .loader import compression_of
 from .masking import skip_layer
 from .modules import is_gated
 from .probe import owners_in, tensors_in
+from .resolve import Resolved
 from .sparse import is_sparse
 
 
@@ -149,6 +150,31 @@ def check_sharing(modules: Mapping[str, nn.Module], block: Block, parts: Iterabl
                     f"{part.module}.{key} is shared with {users}; cutting it for {block.name!r} would change them too. "
                     "Untie them first, or leave it out of the plan."
                 )
+
+
+OTHERS_DEPEND = "Keep the layers that others depend on (usually the first)."
+
+
+def why_layers_stay(model: nn.Module, resolved: Resolved, error: Exception, cache: bool) -> tuple[str, str]:
+    """Why a model does not run without some of its layers, and what to do; `cache`: it ran as long as it had no cache."""
+    if isinstance(error, CompressionError):
+        return str(error).rstrip("."), OTHERS_DEPEND
+    reason = f"without them it fails with {type(error).__name__}: {str(error).rstrip('.')}"
+    if "can only be called on Attention layers" in str(error):  # the length of a text is counted by an attention's cache
+        gone = [
+            a.name for a in resolved.structure.attentions if resolved.is_gone(a.name) and a.name.startswith(tuple(resolved.removed))
+        ]
+        return (
+            "its cache counts tokens in a layer with attention, and none would be left",
+            f"Keep at least one of the layers that hold {', '.join(gone[:8])}{', ...' * (len(gone) > 8)}.",
+        )
+    if cache and isinstance(error, IndexError) and getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return (
+            f"the forward makes its cache as deep as the config says of the encoder, and the decoder is deeper ({reason})",
+            "Keep at least as many layers in the encoder as in the decoder (remove some of both in one plan), or set "
+            "model.config.use_cache=False first, where nothing is generated.",
+        )
+    return reason, OTHERS_DEPEND
 
 
 class Unreached(CompressionError):

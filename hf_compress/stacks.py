@@ -107,14 +107,20 @@ def _configs(model: nn.Module, path: str) -> Iterator[tuple[Any, tuple[str, ...]
     of_other = {id(base_config(m.config)) for n, m in names.items() if hasattr(m, "config") and other in n.split(".")}
     two_sided = any(isinstance(m, nn.ModuleList) and len(m) and other in n.split(".") for n, m in names.items())
     seen: set[int] = set()
+    own = base_config(getattr(model, "config", None))
     for name, module in names.items():
         config = base_config(getattr(module, "config", None))
-        near = not name or path == name or path.startswith(f"{name}.") or name.startswith(f"{path}.")
-        if config is None or id(config) in seen or not near or not hasattr(config, "__dict__"):
+        if config is None or id(config) in seen or not hasattr(config, "__dict__"):
+            continue
+        shared = side is not None and two_sided and (not name or id(config) in of_other)
+        if not name or path == name or path.startswith(f"{name}.") or name.startswith(f"{path}."):
+            yield config, DEPTH_OF[side] if shared and side else (*DEPTH, *DEPTH_OF.get(side or "", ()))
+        elif side is not None and type(config) is type(own) and config is not own:
+            # the other side's copy of the whole's config counts this side too, under its own names (ProphetNet's cache does)
+            yield config, tuple(key for key in DEPTH_OF[side] if key not in DEPTH)
+        else:
             continue
         seen.add(id(config))
-        shared = side is not None and two_sided and (not name or id(config) in of_other)
-        yield config, DEPTH_OF[side] if shared and side else (*DEPTH, *DEPTH_OF.get(side or "", ()))
 
 
 def base_config(config: Any) -> Any:

@@ -15,6 +15,7 @@ from transformers.utils import logging
 from .become import Substitution, names_given
 from .channel_proof import channel_gates, channels_
 from .compensation import compensations
+from .caches import warn_of_short_cache
 from .cutting import Undo, Variant, cut_
 from .discover import Part
 from .edits import AddExits, CompressionError, KeepChannels, KeepExperts, KeepHeads, KeepVocabulary
@@ -31,7 +32,7 @@ from .plan import Plan
 from .probe import difference, owners_in, probing, tensors_in, tolerance
 from .prove import prove
 from .record import own_configs_, stamp_
-from .refusals import check_adapters, check_experts, check_foreign, check_masks, check_modules
+from .refusals import OTHERS_DEPEND, check_adapters, check_experts, check_foreign, check_masks, check_modules, why_layers_stay
 from .resolve import Resolved, resolve
 from .stacks import config_numbers, remove_layers_
 from .substitute import substitute_
@@ -310,6 +311,8 @@ def _cut(
             record[name] = joined(record.get(name), entry)
     for name, owner in owners:
         stamp_(owner, name, Plan(plan.edits), record, removed, numbers[name], undo)
+        if removed:
+            warn_of_short_cache(owner)
 
 
 def prove_plan(model: nn.Module, plan: Plan, inputs: Mapping[str, Any] | None = None) -> dict[str, tuple[Part, ...]]:
@@ -365,7 +368,7 @@ def _try_layers(model: nn.Module, resolved: Resolved, run: Callable[..., list[An
     (CLVP reads tokens) would hide a difference.
     """
     skipped = Resolved(resolved.structure, layers=resolved.layers)
-    reason = ""
+    reason, advice, cache = "", OTHERS_DEPEND, False
     undo: Undo = []
     seen: list[tuple[str, torch.Tensor]] = []
 
@@ -386,7 +389,7 @@ def _try_layers(model: nn.Module, resolved: Resolved, run: Callable[..., list[An
             ):
                 reason = "removing them gives another function than skipping them"
     except Exception as error:  # layers that others depend on break a forward in any way
-        reason = f"without them it fails with {type(error).__name__}: {error}"
+        reason, advice = why_layers_stay(model, resolved, error, cache)
     finally:
         for hook in hooks:
             hook.remove()
@@ -394,6 +397,5 @@ def _try_layers(model: nn.Module, resolved: Resolved, run: Callable[..., list[An
             undo.pop()()
     if reason:
         raise CompressionError(
-            f"Cannot remove these layers of {', '.join(resolved.removed)} exactly, so nothing was changed: {reason}. "
-            "Keep the layers that others depend on (usually the first)."
+            f"Cannot remove these layers of {', '.join(resolved.removed)} exactly, so nothing was changed: {reason}. {advice}"
         )
