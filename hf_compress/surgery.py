@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import partial
 from itertools import groupby
 from typing import Any
@@ -27,9 +27,9 @@ from .experts import experts_, move_entries_
 from .kinds import follow_ties_
 from .later import Later
 from .layout import joined, renamed
-from .masking import Mask
+from .masking import Mask, check_skipped, uneven_layers
 from .plan import Plan
-from .probe import difference, owners_in, probing, tensors_in, tolerance
+from .probe import NoInputs, difference, owners_in, probing, tensors_in, tolerance
 from .prove import prove
 from .record import own_configs_, stamp_
 from .refusals import OTHERS_DEPEND, check_adapters, check_experts, check_foreign, check_masks, check_modules, why_layers_stay
@@ -53,8 +53,8 @@ def mask_(model: nn.Module, plan: Plan, *, inputs: Mapping[str, Any] | None = No
     Args:
         model (`nn.Module`): the model, changed in place until the mask is removed.
         plan (`Plan`): what would be cut.
-        inputs (`dict`, *optional*): a small batch, read only where channels are masked: which go together is seen in a
-            forward pass (see `apply_`).
+        inputs (`dict`, *optional*): a small batch, read only where channels are masked (which go together is seen in a
+            forward pass, see `apply_`) or layers that are not all alike (one that changes a width cannot be skipped).
 
     Returns:
         `Mask`: a handle with `.remove()`, also a context manager.
@@ -87,6 +87,10 @@ def mask_(model: nn.Module, plan: Plan, *, inputs: Mapping[str, Any] | None = No
     check_modules(model, resolved.cuts)
     new = compensations(model, plan, resolved)
     resolved.gates = channel_gates(model, channels, inputs, resolved)
+    uneven = uneven_layers(model, resolved)
+    if uneven and not any(p.is_meta for p in model.parameters()):
+        with suppress(NoInputs), probing(model, inputs) as run:  # without inputs, the layer says it when it runs
+            check_skipped(model, uneven, run)
     return Mask(model, resolved, new)
 
 
@@ -346,6 +350,7 @@ def _unwrapped(model: Any) -> nn.Module:
 def _prove_all(model: nn.Module, resolved: Resolved, inputs: Mapping[str, Any] | None) -> dict[str, Variant]:
     with torch.inference_mode(False), probing(model, inputs) as run:  # a proof takes gradients
         if resolved.removed:
+            check_skipped(model, uneven_layers(model, resolved), run)
             _try_layers(model, resolved, run)
         if not resolved.cuts:
             return {}
