@@ -32,7 +32,7 @@ from .plan import Plan
 from .probe import NoInputs, difference, owners_in, probing, tensors_in, tolerance
 from .prove import prove
 from .record import own_configs_, stamp_
-from .refusals import OTHERS_DEPEND, check_adapters, check_experts, check_foreign, check_masks, check_modules, why_layers_stay
+from .refusals import OTHERS_DEPEND, check_adapters, check_experts, check_foreign, check_masks, check_modules, why_layers_stay, why_not_proved
 from .resolve import Resolved, resolve
 from .stacks import config_numbers, remove_layers_
 from .substitute import substitute_
@@ -361,9 +361,7 @@ def _prove_all(model: nn.Module, resolved: Resolved, inputs: Mapping[str, Any] |
         except CompressionError:
             raise
         except Exception as error:  # whatever a model does on a copy of its part: no proof, so no cut
-            raise CompressionError(
-                f"Cannot prove the cut of this {type(model).__name__}, so nothing was changed: {type(error).__name__}: {error}"
-            ) from error
+            raise CompressionError(why_not_proved(model, resolved.cuts, error)) from error
 
 
 def _try_layers(model: nn.Module, resolved: Resolved, run: Callable[..., list[Any]]) -> None:
