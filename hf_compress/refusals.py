@@ -162,7 +162,9 @@ def why_layers_stay(model: nn.Module, resolved: Resolved, error: Exception, cach
     reason = f"without them it fails with {type(error).__name__}: {str(error).rstrip('.')}"
     if "can only be called on Attention layers" in str(error):  # the length of a text is counted by an attention's cache
         gone = [
-            a.name for a in resolved.structure.attentions if resolved.is_gone(a.name) and a.name.startswith(tuple(resolved.removed))
+            a.name
+            for a in resolved.structure.attentions
+            if resolved.is_gone(a.name) and a.name.startswith(tuple(resolved.removed))
         ]
         return (
             "its cache counts tokens in a layer with attention, and none would be left",

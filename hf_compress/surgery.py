@@ -32,7 +32,16 @@ from .plan import Plan
 from .probe import NoInputs, difference, owners_in, probing, tensors_in, tolerance
 from .prove import prove
 from .record import own_configs_, stamp_
-from .refusals import OTHERS_DEPEND, check_adapters, check_experts, check_foreign, check_masks, check_modules, why_layers_stay, why_not_proved
+from .refusals import (
+    OTHERS_DEPEND,
+    check_adapters,
+    check_experts,
+    check_foreign,
+    check_masks,
+    check_modules,
+    why_layers_stay,
+    why_not_proved,
+)
 from .resolve import Resolved, resolve
 from .stacks import config_numbers, remove_layers_
 from .substitute import substitute_
