@@ -47,17 +47,17 @@ def warn_of_short_cache(model: PreTrainedModel) -> None:
 
     Their config counts the encoder's layers where `generate` looks; a stock model with a deeper decoder fails alike.
     """
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     if not getattr(config, "is_encoder_decoder", False) or not model.can_generate():
         return
     depth = max((len(s) for s in discover(model).stacks.values() if "decoder" in s[0].path.split(".")), default=0)
     found = getattr(config.get_text_config(decoder=True), "num_hidden_layers", depth)
     if isinstance(found, int) and found < depth:
         logger.warning(
-            f"generate() of this {type(model).__name__} will fail with an IndexError: transformers makes its cache {found} "
-            f"{'layer' if found == 1 else 'layers'} deep, as the encoder is, and the decoder has {depth}. A stock model of this "
-            "class with such depths fails alike. Forward, training and loading are not affected; generate(use_cache=False) runs. "
-            "Keep as many layers in the encoder as in the decoder to generate with a cache."
+            f"generate() of this {type(model).__name__} will fail with an IndexError: transformers makes its cache as deep as "
+            f"the encoder, {found}, and the decoder has {depth} layers. A stock model of this class with such depths fails alike. "
+            "Forward, training and loading are not affected, and generate(use_cache=False) runs. Keep as many layers in the "
+            "encoder as in the decoder to generate with a cache."
         )
 
 

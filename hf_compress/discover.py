@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 from torch import nn
@@ -20,6 +21,9 @@ from .structure import (
     nearest,
     owners,
 )
+
+# of what a list holds one for each layer or each output, with nothing passed from one to the next: boxes' and masks' heads
+NO_LAYER = re.compile(r"(FeedForward|MLP|Mlp|Head)$|LQE$")
 
 __all__ = [
     "Attention",
@@ -113,6 +117,7 @@ def _layers(modules: dict[str, nn.Module], outs: list[str]) -> tuple[Layer, ...]
         for path, module in modules.items()
         if isinstance(module, nn.ModuleList)
         and len(module)
+        and not all(NO_LAYER.search(type(child).__name__) for child in module)
         and all(any(out.startswith(f"{path}.{i}.") for out in outs) for i in range(len(module)))
     ]
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -89,49 +88,21 @@ def _combine(module: nn.Module) -> None:
 def skip_layer(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
     """A layer that is as if it were not there: its first output is its first input."""
     hidden = args[0] if args else kwargs.get("hidden_states")
-    changed = other_shape(hidden, output)
+    changed = why_not_skipped(hidden, output)
     if changed:
-        raise CompressionError(f"A masked layer ({type(module).__name__}) cannot be skipped: {changed}. Keep it.")
+        raise CompressionError(f"A {type(module).__name__} cannot be left out: {changed}. Keep these layers.")
     return type(output)([hidden, *output[1:]]) if type(output) in (tuple, list) else hidden
 
 
-def other_shape(hidden: Any, output: Any) -> str:
-    """How what a layer gives differs in shape from what it was given; "" where it does not."""
+def why_not_skipped(hidden: Any, output: Any) -> str:
+    """Why a layer that is given this and gives that cannot be left out; "" where it can."""
     first = output[0] if type(output) in (tuple, list) and output else output
+    if hidden is None:
+        return "it is called with neither a first argument nor hidden_states=, so what it would pass on is not known"
     both = isinstance(hidden, torch.Tensor) and isinstance(first, torch.Tensor)
     if not both or hidden.shape == first.shape:
         return ""
     return f"it turns {tuple(hidden.shape)} into {tuple(first.shape)}, which what comes after it needs"
-
-
-def uneven_layers(model: nn.Module, resolved: Resolved) -> list[str]:
-    """The layers to be removed from stacks whose layers have weights of different shapes."""
-    return [
-        layer.name
-        for path, kept in resolved.removed.items()
-        if len({tuple(tuple(p.shape) for p in child.parameters()) for child in model.get_submodule(path).children()}) > 1
-        for layer in resolved.structure.layers
-        if layer.path == path and layer.index not in kept
-    ]
-
-
-def check_skipped(model: nn.Module, gone: Sequence[str], run: Callable[[], Any]) -> None:
-    """Refuse to remove layers that change the shape of what they pass on: seen in one run of the model as it is."""
-    found: dict[str, str] = {}
-
-    def look(name: str, _module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-        changed = other_shape(args[0] if args else kwargs.get("hidden_states"), output)
-        found.update({name: changed} if changed else {})
-
-    hooks = [model.get_submodule(name).register_forward_hook(partial(look, name), with_kwargs=True) for name in gone]
-    try:
-        if gone:
-            run()
-    finally:
-        for hook in hooks:
-            hook.remove()
-    for name, changed in found.items():
-        raise CompressionError(f"The layer {name!r} cannot be removed, so nothing was changed: {changed}. Keep it.")
 
 
 def masks_in(owner: nn.Module) -> Plan:

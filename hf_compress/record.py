@@ -168,7 +168,7 @@ def _name(owner: PreTrainedModel, layout: dict, undo: Undo) -> None:
 
 
 def _follow_layers(owner: PreTrainedModel, paths: tuple[str, ...], undo: Undo) -> None:
-    """Layers that share weights (Zamba) are tied by their numbers, which are others now: as the config ties them, or not at all."""
+    """Layers that share weights (Zamba) are tied by their numbers, which are others now: as the config says, or refused."""
     inside = tuple(f"{path}." for path in paths)
     ours: dict[int, set[str]] = {}
     for name, parameter in owner.named_parameters(remove_duplicate=False):
@@ -176,7 +176,7 @@ def _follow_layers(owner: PreTrainedModel, paths: tuple[str, ...], undo: Undo) -
     mine = {frozenset(names) for names in ours.values() if len(names) > 1}
     if not mine and not any(name.startswith(inside) for name in owner.all_tied_weights_keys):
         return
-    stock = skeleton(owner)
+    stock: Any = skeleton(owner)
     if stock is None:
         return  # which is told later
     theirs: dict[str, set[str]] = {}
@@ -187,16 +187,17 @@ def _follow_layers(owner: PreTrainedModel, paths: tuple[str, ...], undo: Undo) -
     if wrong:
         one, other, *_ = sorted(min(wrong, key=sorted))
         raise CompressionError(
-            f"Cannot remove these layers of {', '.join(paths)} so that the model loads again, so nothing was changed: among the "
-            f"layers that stay (counted anew), {one!r} and {other!r} would be the same weight in only one of this model and what "
-            "its config builds, which ties layers by their place among those that share. Remove layers that share nothing, or "
+            f"Cannot remove these layers of {', '.join(paths)} so that the model loads again, so nothing was changed: of the "
+            f"layers that stay (counted anew), {one!r} and {other!r} would be one weight either here or in what the config "
+            "builds, not in both: it ties layers by their place among those that share. Remove layers that share nothing, or "
             "the last of those that do."
         )
     parts = dict(stock.named_modules())
     for name, module in owner.named_modules():
         for key in ("_tied_weights_keys", "all_tied_weights_keys"):
-            if key in vars(module) and vars(module)[key]:
-                undo.append(lambda m=module, k=key, v=vars(module)[key]: setattr(m, k, v))
+            before = vars(module).get(key)
+            if before:
+                undo.append(lambda m=module, k=key, v=before: setattr(m, k, v))
                 setattr(module, key, dict(vars(parts[name]).get(key) or {}))
 
 

@@ -18,7 +18,6 @@ from .loader import compression_of
 from .masking import skip_layer
 from .modules import is_gated
 from .probe import owners_in, tensors_in
-from .resolve import Resolved
 from .sparse import is_sparse
 
 
@@ -152,38 +151,6 @@ def check_sharing(modules: Mapping[str, nn.Module], block: Block, parts: Iterabl
                 )
 
 
-OTHERS_DEPEND = "Keep the layers that others depend on (usually the first)."
-
-
-def why_layers_stay(model: nn.Module, resolved: Resolved, error: Exception, cache: bool) -> tuple[str, str]:
-    """Why a model does not run without some of its layers, and what to do; `cache`: it ran as long as it had no cache."""
-    if isinstance(error, CompressionError):
-        return str(error).rstrip("."), OTHERS_DEPEND
-    reason = f"without them it fails with {type(error).__name__}: {str(error).rstrip('.')}"
-    if "can only be called on Attention layers" in str(error):  # the length of a text is counted by an attention's cache
-        gone = [
-            a.name
-            for a in resolved.structure.attentions
-            if resolved.is_gone(a.name) and a.name.startswith(tuple(resolved.removed))
-        ]
-        return (
-            "its cache counts tokens in a layer with attention, and none would be left",
-            f"Keep at least one of the layers that hold {', '.join(gone[:8])}{', ...' * (len(gone) > 8)}.",
-        )
-    if cache and isinstance(error, IndexError) and getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        return (
-            f"the forward makes its cache as deep as the config says of the encoder, and the decoder is deeper ({reason})",
-            "Keep at least as many layers in the encoder as in the decoder (remove some of both in one plan), or set "
-            "model.config.use_cache=False first, where nothing is generated.",
-        )
-    if any(getattr(getattr(m, "config", None), "hidden_size_per_layer_input", 0) for m in model.modules()):
-        return (
-            f"every layer has an input of its own (config.hidden_size_per_layer_input), made for all layers at once ({reason})",
-            "Leave KeepLayers out for this model; KeepHeads and KeepNeurons make its layers smaller.",
-        )
-    return reason, OTHERS_DEPEND
-
-
 def why_not_proved(model: nn.Module, cuts: list[Cut], error: Exception) -> str:
     """Where a model fails when blocks of it are cut, and what to do: the innermost of its modules that was running then."""
     names = {id(module): name for name, module in model.named_modules()}
@@ -196,7 +163,7 @@ def why_not_proved(model: nn.Module, cuts: list[Cut], error: Exception) -> str:
     shared = next((n for m in model.modules() if (n := getattr(getattr(m, "config", None), "num_kv_shared_layers", 0))), 0)
     reads = f" (num_kv_shared_layers={shared}: the last layers read the keys and values of earlier ones)" if shared else ""
     return (
-        f"Cannot prove the cut of {what} in this {type(model).__name__}, so nothing was changed: {repr(place) if place else 'it'} "
+        f"Cannot prove the cut of {what} in this {type(model).__name__}, so nothing was changed: {place or 'it'} "
         f"then fails with {type(error).__name__}: {str(error).rstrip('.')}. Usually it reads something that is made for "
         f"several layers at their full size, a position bias or keys and values{reads}. Leave the blocks that make or read it "
         "out of the plan."

@@ -13,9 +13,9 @@ from torch import nn
 from transformers.utils import logging
 
 from .become import Substitution, names_given
+from .caches import warn_of_short_cache
 from .channel_proof import channel_gates, channels_
 from .compensation import compensations
-from .caches import warn_of_short_cache
 from .cutting import Undo, Variant, cut_
 from .discover import Part
 from .edits import AddExits, CompressionError, KeepChannels, KeepExperts, KeepHeads, KeepVocabulary
@@ -26,22 +26,14 @@ from .exits.trial import try_exits
 from .experts import experts_, move_entries_
 from .kinds import follow_ties_
 from .later import Later
+from .layer_proof import check_skipped, try_layers, uneven_layers
 from .layout import joined, renamed
-from .masking import Mask, check_skipped, uneven_layers
+from .masking import Mask
 from .plan import Plan
-from .probe import NoInputs, difference, owners_in, probing, tensors_in, tolerance
+from .probe import NoInputs, owners_in, probing
 from .prove import prove
 from .record import own_configs_, stamp_
-from .refusals import (
-    OTHERS_DEPEND,
-    check_adapters,
-    check_experts,
-    check_foreign,
-    check_masks,
-    check_modules,
-    why_layers_stay,
-    why_not_proved,
-)
+from .refusals import check_adapters, check_experts, check_foreign, check_masks, check_modules, why_not_proved
 from .resolve import Resolved, resolve
 from .stacks import config_numbers, remove_layers_
 from .substitute import substitute_
@@ -360,7 +352,7 @@ def _prove_all(model: nn.Module, resolved: Resolved, inputs: Mapping[str, Any] |
     with torch.inference_mode(False), probing(model, inputs) as run:  # a proof takes gradients
         if resolved.removed:
             check_skipped(model, uneven_layers(model, resolved), run)
-            _try_layers(model, resolved, run)
+            try_layers(model, resolved, run)
         if not resolved.cuts:
             return {}
         try:
@@ -371,43 +363,3 @@ def _prove_all(model: nn.Module, resolved: Resolved, inputs: Mapping[str, Any] |
             raise
         except Exception as error:  # whatever a model does on a copy of its part: no proof, so no cut
             raise CompressionError(why_not_proved(model, resolved.cuts, error)) from error
-
-
-def _try_layers(model: nn.Module, resolved: Resolved, run: Callable[..., list[Any]]) -> None:
-    """Remove the layers, run, put them back: it must be the function in which they are skipped, with a cache and without.
-
-    What the module around each stack gives is compared as well as the model's outputs: a choice of the largest in between
-    (CLVP reads tokens) would hide a difference.
-    """
-    skipped = Resolved(resolved.structure, layers=resolved.layers)
-    reason, advice, cache = "", OTHERS_DEPEND, False
-    undo: Undo = []
-    seen: list[tuple[str, torch.Tensor]] = []
-
-    def everything(cache: bool = False) -> list[tuple[str, torch.Tensor]]:
-        seen.clear()
-        return tensors_in(run(cache)) + seen
-
-    around = [model.get_submodule(path.rpartition(".")[0]) for path in resolved.removed]
-    hooks = [m.register_forward_hook(lambda _m, _a, out: seen.extend(tensors_in(out)[:1])) for m in around if m is not model]
-    try:
-        with Mask(model, skipped):
-            expected = everything()
-        remove_layers_(model, resolved.removed, undo)
-        for cache in (False, True):
-            got = everything(cache)
-            if len(got) != len(expected) or any(
-                difference(a, b) > tolerance(a.dtype) for (_, a), (_, b) in zip(expected, got, strict=True)
-            ):
-                reason = "removing them gives another function than skipping them"
-    except Exception as error:  # layers that others depend on break a forward in any way
-        reason, advice = why_layers_stay(model, resolved, error, cache)
-    finally:
-        for hook in hooks:
-            hook.remove()
-        while undo:
-            undo.pop()()
-    if reason:
-        raise CompressionError(
-            f"Cannot remove these layers of {', '.join(resolved.removed)} exactly, so nothing was changed: {reason}. {advice}"
-        )
