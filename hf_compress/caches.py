@@ -55,7 +55,7 @@ def warn_of_short_cache(model: PreTrainedModel) -> None:
     if isinstance(found, int) and found < depth:
         logger.warning(
             f"generate() of this {type(model).__name__} will fail with an IndexError: transformers makes its cache as deep as "
-            f"the encoder, {found}, and the decoder has {depth} layers. A stock model of this class with such depths fails alike. "
+            f"the encoder, {found}, and the decoder has {depth} layers. A stock model with such depths fails alike. "
             "Forward, training and loading are not affected, and generate(use_cache=False) runs. Keep as many layers in the "
             "encoder as in the decoder to generate with a cache."
         )
