@@ -122,7 +122,6 @@ def test_a_decoder_deeper_than_its_cache_is_refused_before_anything_changes(tmp_
 @pytest.mark.parametrize("kind", ["t5", "mt5", "umt5", "longt5", "switch_transformers", "udop"])
 def test_what_will_not_generate_says_so(kind, caplog):
     model, batch, _ = build(kind)
-    logging.getLogger("transformers").propagate = logging.getLogger("hf_compress").propagate = True
     with caplog.at_level(logging.WARNING):
         hc.apply_(model, hc.Plan([hc.KeepLayers([0], "encoder")]))
     assert "will fail with an IndexError" in caplog.text and type(model).__name__ in caplog.text
@@ -134,7 +133,6 @@ def test_what_will_not_generate_says_so(kind, caplog):
 
 def test_where_the_decoder_has_its_cache_nothing_is_said(caplog):
     model, batch, _ = build("bart")
-    logging.getLogger("transformers").propagate = logging.getLogger("hf_compress").propagate = True
     with caplog.at_level(logging.WARNING):
         hc.apply_(model, hc.Plan([hc.KeepLayers([0], "encoder")]))
     assert "IndexError" not in caplog.text
@@ -181,7 +179,6 @@ def test_a_stack_keeps_a_layer_that_counts_tokens():
 
 def test_shared_weights_are_left_as_they_are_and_named(caplog):
     model = zamba2("mhmh")
-    logging.getLogger("transformers").propagate = logging.getLogger("hf_compress").propagate = True
     with caplog.at_level(logging.WARNING):
         low, sparse = hc.plan_low_rank(model, ratio=0.5), hc.plan_sparsity(model, sparsity=0.5)
     assert {edit.module.split(".")[3] for plan in (low, sparse) for edit in plan} == {"mamba", "mamba_decoder", "linear"}
