@@ -33,7 +33,10 @@ def _become_low_rank(module: Any, edit: LowRank, given: dict[str, torch.Tensor] 
                 f"The plan's factors of {edit.module!r} are {tuple(out.shape)} and {tuple(inner.shape)}; here they must be "
                 f"{shapes[0]} and {shapes[1]}. Make the plan on the model as the edits before it leave it: apply those first."
             )
-    low_rank_(module, edit.rank)
+    try:
+        low_rank_(module, edit.rank)
+    except CompressionError as error:  # which does not know the name
+        raise CompressionError(f"{edit.module!r}: {error} Lower the rank, or leave it out of the plan.") from None
     module.weight.copy_(out)
     module.weight_in.copy_(inner)
     if not bool(module.weight.isfinite().all() and module.weight_in.isfinite().all()):

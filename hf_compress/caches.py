@@ -6,9 +6,13 @@ from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from .cutting import Undo
+from .discover import discover
 from .edits import CompressionError, KeepHeads
+
+logger = logging.get_logger(__name__)
 
 
 def host_caches_(model: nn.Module, record: Any, undo: Undo | None = None) -> None:
@@ -36,6 +40,25 @@ def host_caches_(model: nn.Module, record: Any, undo: Undo | None = None) -> Non
                 del values[name]
                 if undo is not None:
                     undo.append(lambda v=values, n=name, f=ours: v.__setitem__(n, f))
+
+
+def warn_of_short_cache(model: PreTrainedModel) -> None:
+    """Say that `generate` will fail where it makes fewer layers of cache than the decoder has: T5 and its like.
+
+    Their config counts the encoder's layers where `generate` looks; a stock model with a deeper decoder fails alike.
+    """
+    config: Any = getattr(model, "config", None)
+    if not getattr(config, "is_encoder_decoder", False) or not model.can_generate():
+        return
+    depth = max((len(s) for s in discover(model).stacks.values() if "decoder" in s[0].path.split(".")), default=0)
+    found = getattr(config.get_text_config(decoder=True), "num_hidden_layers", depth)
+    if isinstance(found, int) and found < depth:
+        logger.warning(
+            f"generate() of this {type(model).__name__} will fail with an IndexError: transformers makes its cache as deep as "
+            f"the encoder, {found}, and the decoder has {depth} layers. A stock model with such depths fails alike. "
+            "Forward, training and loading are not affected, and generate(use_cache=False) runs. Keep as many layers in the "
+            "encoder as in the decoder to generate with a cache."
+        )
 
 
 def _no_shape_yet() -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 from torch import nn
 
-from .candidates import attentions_in, ffns_in
+from .candidates import MIXER, attentions_in, ffns_in
 from .edits import CompressionError
 from .mixtures import find_mixtures
 from .structure import (
@@ -20,6 +21,9 @@ from .structure import (
     nearest,
     owners,
 )
+
+# of what a list holds one for each layer or each output, with nothing passed from one to the next: boxes' and masks' heads
+NO_LAYER = re.compile(r"(FeedForward|MLP|Mlp|Head)$|LQE$")
 
 __all__ = [
     "Attention",
@@ -75,10 +79,11 @@ def discover(model: nn.Module) -> Structure:
     attentions = tuple(attentions_in(modules))
     taken = {part.module for a in attentions for part in a.parts}
     ffns = _with_twins(modules, list(ffns_in(modules, taken)))
+    blocks = [block.out for block in (*attentions, *ffns)]
     return Structure(
         attentions,
         ffns,
-        _layers(modules, [block.out for block in (*attentions, *ffns)]),
+        _layers(modules, blocks + [name for name, m in modules.items() if MIXER.search(type(m).__name__)]),
         tuple(
             Convolution(name, m.in_channels, m.out_channels, tuple(m.kernel_size), m.groups)
             for name, m in modules.items()
@@ -106,12 +111,13 @@ def _first_of(alike: list[FeedForward]) -> FeedForward:
 
 
 def _layers(modules: dict[str, nn.Module], outs: list[str]) -> tuple[Layer, ...]:
-    """Every ModuleList each of whose entries holds an attention or a feed-forward block of its own."""
+    """Every ModuleList each of whose entries holds an attention, a feed-forward block or a mixer (Mamba) of its own."""
     paths = [
         path
         for path, module in modules.items()
         if isinstance(module, nn.ModuleList)
         and len(module)
+        and not all(NO_LAYER.search(type(child).__name__) for child in module)
         and all(any(out.startswith(f"{path}.{i}.") for out in outs) for i in range(len(module)))
     ]
 

@@ -25,7 +25,7 @@ from .mixtures import COUNTS, GROUPS, experts_of, settle_counts_
 from .modules import PLAIN, GatedParameter, LockedLinear, dense_weight, gate_, is_gated, lock_, plain_kind, width
 from .quantization import is_quantized
 from .sparse import is_sparse
-from .stacks import carry_, config_parts, counts_layers
+from .stacks import carry_, config_parts, counts_layers, renumber_
 
 Layout = dict[str, Any]
 Start = Callable[[nn.Module, torch.Tensor], None]
@@ -572,3 +572,4 @@ def _pick_layers(model: nn.Module, layers: Mapping[str, Any], base: nn.Module | 
         entries = {str(new): layer.to_empty(device=device) if empty else layer for new, layer in enumerate(chosen)}
         ours._modules.clear()
         ours._modules.update(entries)
+        renumber_(ours, kept, [])

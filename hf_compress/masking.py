@@ -89,7 +89,21 @@ def _combine(module: nn.Module) -> None:
 def skip_layer(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
     """A layer that is as if it were not there: its first output is its first input."""
     hidden = args[0] if args else kwargs.get("hidden_states")
+    changed = why_not_skipped(hidden, output)
+    if changed:
+        raise CompressionError(f"A {type(module).__name__} cannot be left out: {changed}. Keep these layers.")
     return type(output)([hidden, *output[1:]]) if type(output) in (tuple, list) else hidden
+
+
+def why_not_skipped(hidden: Any, output: Any) -> str:
+    """Why a layer that is given this and gives that cannot be left out; "" where it can."""
+    first = output[0] if type(output) in (tuple, list) and output else output
+    if hidden is None:
+        return "it is called with neither a first argument nor hidden_states=, so what it would pass on is not known"
+    both = isinstance(hidden, torch.Tensor) and isinstance(first, torch.Tensor)
+    if not both or hidden.shape == first.shape:
+        return ""
+    return f"it turns {tuple(hidden.shape)} into {tuple(first.shape)}, which what comes after it needs"
 
 
 def masks_in(owner: nn.Module) -> Plan:

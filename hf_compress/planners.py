@@ -97,11 +97,18 @@ def plan_low_rank(
         name: module
         for name, module in modules_in.items()
         if type(module) in (nn.Linear, Conv1D, LockedLinear)
-        and not sharers(module, holders)
         and (
             re.search(name_pattern(modules, "modules"), name) if modules is not None else name.startswith(layers) or not layers
         )
     }
+    tied = {name: others[0][0] for name, module in found.items() if (others := sharers(module, holders))}
+    found = {name: module for name, module in found.items() if name not in tied}
+    if tied:
+        name = min(tied)
+        told = f"{name!r} (of {len(tied)}) shares its weight with {tied[name]!r}, which would not follow"
+        if not found:
+            raise CompressionError(f"Nothing can be made low-rank: {told}. Untie them first, or choose others with modules=.")
+        logger.warning(f"Left as they are: {told}.")
     if not found:
         raise CompressionError(nothing_to(model, modules, "Linear or Conv1D that could be made low-rank"))
     if batches is not None:

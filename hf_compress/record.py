@@ -109,6 +109,7 @@ def stamp_(
         if not gates:
             hidden, layout = None, {k: v for k, v in layout.items() if k != "gates"}
     if gone:
+        _follow_layers(owner, tuple(gone), undo)  # type: ignore[arg-type]
         _record_layers(owner, layout, gone, numbers_before, undo)  # type: ignore[arg-type]
     written, built = write_record(owner, layout, edits.to_dict(spans=True), hidden, undo)
     place = unrecorded(owner, written, built)
@@ -164,6 +165,40 @@ def _name(owner: PreTrainedModel, layout: dict, undo: Undo) -> None:
     if layout.get("names") == OWN or not come_back(owner):
         layout["names"] = OWN
         name_(owner, [], undo)
+
+
+def _follow_layers(owner: PreTrainedModel, paths: tuple[str, ...], undo: Undo) -> None:
+    """Layers that share weights (Zamba) are tied by their numbers, which are others now: as the config says, or refused."""
+    inside = tuple(f"{path}." for path in paths)
+    ours: dict[int, set[str]] = {}
+    for name, parameter in owner.named_parameters(remove_duplicate=False):
+        ours.setdefault(id(parameter), set()).update([name] if name.startswith(inside) else [])
+    mine = {frozenset(names) for names in ours.values() if len(names) > 1}
+    if not mine and not any(name.startswith(inside) for name in owner.all_tied_weights_keys):
+        return
+    stock: Any = skeleton(owner)
+    if stock is None:
+        return  # which is told later
+    theirs: dict[str, set[str]] = {}
+    for target, source in stock.all_tied_weights_keys.items():
+        if target.startswith(inside):
+            theirs.setdefault(source, {source}).add(target)
+    wrong = mine ^ {frozenset(names) for names in theirs.values()}
+    if wrong:
+        one, other, *_ = sorted(min(wrong, key=sorted))
+        raise CompressionError(
+            f"Cannot remove these layers of {', '.join(paths)} so that the model loads again, so nothing was changed: of the "
+            f"layers that stay (counted anew), {one!r} and {other!r} would be one weight either here or in what the config "
+            "builds, not in both: it ties layers by their place among those that share. Remove layers that share nothing, or "
+            "the last of those that do."
+        )
+    parts = dict(stock.named_modules())
+    for name, module in owner.named_modules():
+        for key in ("_tied_weights_keys", "all_tied_weights_keys"):
+            before = vars(module).get(key)
+            if before:
+                undo.append(lambda m=module, k=key, v=before: setattr(m, k, v))
+                setattr(module, key, dict(vars(parts[name]).get(key) or {}))
 
 
 def _record_layers(

@@ -162,6 +162,25 @@ def check_sharing(modules: Mapping[str, nn.Module], block: Block, parts: Iterabl
                 )
 
 
+def why_not_proved(model: nn.Module, cuts: list[Cut], error: Exception) -> str:
+    """Where a model fails when blocks of it are cut, and what to do: the innermost of its modules that was running then."""
+    names = {id(module): name for name, module in model.named_modules()}
+    place, trace = "", error.__traceback__
+    while trace is not None:
+        place = names.get(id(trace.tb_frame.f_locals.get("self")), place)
+        trace = trace.tb_next
+    blocks = [cut.block.name for cut in cuts]
+    what = f"{', '.join(map(repr, blocks[:4]))}{', ...' * (len(blocks) > 4)}"
+    shared = next((n for m in model.modules() if (n := getattr(getattr(m, "config", None), "num_kv_shared_layers", 0))), 0)
+    reads = f" (num_kv_shared_layers={shared}: the last layers read the keys and values of earlier ones)" if shared else ""
+    return (
+        f"Cannot prove the cut of {what} in this {type(model).__name__}, so nothing was changed: {place or 'it'} "
+        f"then fails with {type(error).__name__}: {str(error).rstrip('.')}. Usually it reads something that is made for "
+        f"several layers at their full size, a position bias or keys and values{reads}. Leave the blocks that make or read it "
+        "out of the plan."
+    )
+
+
 class Unreached(CompressionError):
     """A block did not run when the module around it did."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import nn
@@ -28,6 +28,8 @@ INDICES = (
 )  # fmt: skip
 # a module of the first layer that computes something for all layers, and the flag that says so: it must move along
 CARRIED = (("relative_attention_bias", "has_relative_attention_bias"),)
+# tables by the number of a layer, which the layer is called with: which of a shared block's adapters is its own (Zamba2)
+BY_LAYER = ("layer_dic",)
 
 
 def remove_layers_(model: nn.Module, removed: dict[str, tuple[int, ...]], undo: Undo) -> dict[str, dict[str, Any]]:
@@ -45,6 +47,7 @@ def remove_layers_(model: nn.Module, removed: dict[str, tuple[int, ...]], undo: 
         if kept[0] != 0:
             carry_(before["0"], before[str(kept[0])], undo)
         _replace(stack, {str(new): before[str(old)] for new, old in enumerate(kept)})
+        renumber_(stack, kept, undo)
         for new, old in enumerate(kept):
             for name, module in stack._modules[str(new)].named_modules():  # type: ignore[union-attr]
                 for attribute in INDEX:
@@ -68,6 +71,16 @@ def remove_layers_(model: nn.Module, removed: dict[str, tuple[int, ...]], undo: 
 def _replace(stack: nn.Module, entries: dict[str, Any]) -> None:
     stack._modules.clear()
     stack._modules.update(entries)
+
+
+def renumber_(stack: nn.Module, kept: Sequence[int], undo: Undo) -> None:
+    """Tables that modules of a stack look up by the number of their layer, by the numbers that layers have now."""
+    for module in stack.modules():
+        for attribute in BY_LAYER:
+            table = vars(module).get(attribute)
+            if isinstance(table, dict):
+                undo.append(lambda m=module, a=attribute, t=table: setattr(m, a, t))
+                setattr(module, attribute, {new: table[old] for new, old in enumerate(kept) if old in table})
 
 
 def carry_(first: Any, new_first: Any, undo: Undo) -> None:
@@ -94,14 +107,20 @@ def _configs(model: nn.Module, path: str) -> Iterator[tuple[Any, tuple[str, ...]
     of_other = {id(base_config(m.config)) for n, m in names.items() if hasattr(m, "config") and other in n.split(".")}
     two_sided = any(isinstance(m, nn.ModuleList) and len(m) and other in n.split(".") for n, m in names.items())
     seen: set[int] = set()
+    own = base_config(getattr(model, "config", None))
     for name, module in names.items():
         config = base_config(getattr(module, "config", None))
-        near = not name or path == name or path.startswith(f"{name}.") or name.startswith(f"{path}.")
-        if config is None or id(config) in seen or not near or not hasattr(config, "__dict__"):
+        if config is None or id(config) in seen or not hasattr(config, "__dict__"):
+            continue
+        shared = side is not None and two_sided and (not name or id(config) in of_other)
+        if not name or path == name or path.startswith(f"{name}.") or name.startswith(f"{path}."):
+            yield config, DEPTH_OF[side] if shared and side else (*DEPTH, *DEPTH_OF.get(side or "", ()))
+        elif side is not None and type(config) is type(own) and config is not own:
+            # the other side's copy of the whole's config counts this side too, under its own names (ProphetNet's cache does)
+            yield config, tuple(key for key in DEPTH_OF[side] if key not in DEPTH)
+        else:
             continue
         seen.add(id(config))
-        shared = side is not None and two_sided and (not name or id(config) in of_other)
-        yield config, DEPTH_OF[side] if shared and side else (*DEPTH, *DEPTH_OF.get(side or "", ()))
 
 
 def base_config(config: Any) -> Any:

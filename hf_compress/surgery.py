@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import partial
 from itertools import groupby
 from typing import Any
@@ -13,6 +13,7 @@ from torch import nn
 from transformers.utils import logging
 
 from .become import Substitution, names_given
+from .caches import warn_of_short_cache
 from .channel_proof import channel_gates, channels_
 from .compensation import compensations
 from .cutting import Undo, Variant, cut_
@@ -25,13 +26,14 @@ from .exits.trial import try_exits
 from .experts import experts_, move_entries_
 from .kinds import follow_ties_
 from .later import Later
+from .layer_proof import check_skipped, try_layers, uneven_layers
 from .layout import joined, renamed
 from .masking import Mask
 from .plan import Plan
-from .probe import difference, owners_in, probing, tensors_in, tolerance
+from .probe import NoInputs, owners_in, probing
 from .prove import prove
 from .record import own_configs_, stamp_
-from .refusals import check_adapters, check_experts, check_foreign, check_masks, check_modules
+from .refusals import check_adapters, check_experts, check_foreign, check_masks, check_modules, why_not_proved
 from .resolve import Resolved, resolve
 from .stacks import config_numbers, remove_layers_
 from .substitute import substitute_
@@ -52,8 +54,8 @@ def mask_(model: nn.Module, plan: Plan, *, inputs: Mapping[str, Any] | None = No
     Args:
         model (`nn.Module`): the model, changed in place until the mask is removed.
         plan (`Plan`): what would be cut.
-        inputs (`dict`, *optional*): a small batch, read only where channels are masked: which go together is seen in a
-            forward pass (see `apply_`).
+        inputs (`dict`, *optional*): a small batch, read only where channels are masked (which go together is seen in a
+            forward pass, see `apply_`) or layers that are not all alike (one that changes a width cannot be skipped).
 
     Returns:
         `Mask`: a handle with `.remove()`, also a context manager.
@@ -86,6 +88,10 @@ def mask_(model: nn.Module, plan: Plan, *, inputs: Mapping[str, Any] | None = No
     check_modules(model, resolved.cuts)
     new = compensations(model, plan, resolved)
     resolved.gates = channel_gates(model, channels, inputs, resolved)
+    uneven = uneven_layers(model, resolved)
+    if uneven and not any(p.is_meta for p in model.parameters()):
+        with suppress(NoInputs), probing(model, inputs) as run:  # without inputs, the layer says it when it runs
+            check_skipped(model, uneven, run)
     return Mask(model, resolved, new)
 
 
@@ -312,6 +318,8 @@ def _cut(
             record[name] = joined(record.get(name), entry)
     for name, owner in owners:
         stamp_(owner, name, Plan(plan.edits), record, removed, numbers[name], undo)
+        if removed:
+            warn_of_short_cache(owner)
 
 
 def prove_plan(model: nn.Module, plan: Plan, inputs: Mapping[str, Any] | None = None) -> dict[str, tuple[Part, ...]]:
@@ -370,7 +378,8 @@ def _unwrapped(model: Any) -> nn.Module:
 def _prove_all(model: nn.Module, resolved: Resolved, inputs: Mapping[str, Any] | None) -> dict[str, Variant]:
     with torch.inference_mode(False), probing(model, inputs) as run:  # a proof takes gradients
         if resolved.removed:
-            _try_layers(model, resolved, run)
+            check_skipped(model, uneven_layers(model, resolved), run)
+            try_layers(model, resolved, run)
         if not resolved.cuts:
             return {}
         try:
@@ -380,47 +389,4 @@ def _prove_all(model: nn.Module, resolved: Resolved, inputs: Mapping[str, Any] |
         except CompressionError:
             raise
         except Exception as error:  # whatever a model does on a copy of its part: no proof, so no cut
-            raise CompressionError(
-                f"Cannot prove the cut of this {type(model).__name__}, so nothing was changed: {type(error).__name__}: {error}"
-            ) from error
-
-
-def _try_layers(model: nn.Module, resolved: Resolved, run: Callable[..., list[Any]]) -> None:
-    """Remove the layers, run, put them back: it must be the function in which they are skipped, with a cache and without.
-
-    What the module around each stack gives is compared as well as the model's outputs: a choice of the largest in between
-    (CLVP reads tokens) would hide a difference.
-    """
-    skipped = Resolved(resolved.structure, layers=resolved.layers)
-    reason = ""
-    undo: Undo = []
-    seen: list[tuple[str, torch.Tensor]] = []
-
-    def everything(cache: bool = False) -> list[tuple[str, torch.Tensor]]:
-        seen.clear()
-        return tensors_in(run(cache)) + seen
-
-    around = [model.get_submodule(path.rpartition(".")[0]) for path in resolved.removed]
-    hooks = [m.register_forward_hook(lambda _m, _a, out: seen.extend(tensors_in(out)[:1])) for m in around if m is not model]
-    try:
-        with Mask(model, skipped):
-            expected = everything()
-        remove_layers_(model, resolved.removed, undo)
-        for cache in (False, True):
-            got = everything(cache)
-            if len(got) != len(expected) or any(
-                difference(a, b) > tolerance(a.dtype) for (_, a), (_, b) in zip(expected, got, strict=True)
-            ):
-                reason = "removing them gives another function than skipping them"
-    except Exception as error:  # layers that others depend on break a forward in any way
-        reason = f"without them it fails with {type(error).__name__}: {error}"
-    finally:
-        for hook in hooks:
-            hook.remove()
-        while undo:
-            undo.pop()()
-    if reason:
-        raise CompressionError(
-            f"Cannot remove these layers of {', '.join(resolved.removed)} exactly, so nothing was changed: {reason}. "
-            "Keep the layers that others depend on (usually the first)."
-        )
+            raise CompressionError(why_not_proved(model, resolved.cuts, error)) from error

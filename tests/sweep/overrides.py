@@ -115,7 +115,10 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "big_bird": {"attention_type": "original_full"},
     "bigbird_pegasus": {"attention_type": "original_full"},
     "moonshine_streaming": {"num_key_value_heads": 4},
-    "janus": {"vq_config": {"base_channels": 32, "channel_multiplier": [1, 2], "num_res_blocks": 1}},
+    "janus": {
+        "vq_config": {"base_channels": 32, "channel_multiplier": [1, 2], "num_res_blocks": 1},
+        "vision_config": {"projection_dim": 64},
+    },
     "clap": {
         "audio_config": {
             "patch_embeds_hidden_size": 16,
@@ -131,6 +134,33 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "vipllava": {"vision_feature_layer": [-1, -2]},
     "step3p7": {"text_config": {"sliding_window": 8}},
     "xclip": {"projection_dim": 64, "text_config": {"projection_dim": 64}, "vision_config": {"projection_dim": 64}},
+    "paligemma": {"projection_dim": 64, "vision_config": {"projection_dim": 64}},
+    "colpali": {"vlm_config": {"projection_dim": 64, "vision_config": {"projection_dim": 64}}},
+    "mobilevitv2": {"image_size": 64},
+    "diffusion_gemma": {"text_config": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 80}},
+    "udop": {"relative_attention_num_buckets": 32, "relative_attention_max_distance": 128},
+    "swin2sr": {"patch_size": 1, "image_size": 16, "window_size": 4},
+    "sam2": {"prompt_encoder_config": {"patch_size": 16, "image_size": 32}},
+    "ernie4_5_vl_moe": {"text_config": {"rope_parameters": {"mrope_section": [3, 3, 2]}}},
+    "pp_lcnet": {"stem_channels": 16, "scale": 0.5},
+    "pp_lcnet_v3": {"scale": 0.5},
+    "univnet": {"model_hidden_channels": 8, "kernel_predictor_hidden_channels": 8},
+    "sapiens2": {"num_key_value_heads_per_layer": [4, 4, 4]},
+    "mistral4": {"qk_rope_head_dim": 8, "head_dim": 8, "rope_parameters": {"partial_rotary_factor": 1.0}},
+    "muse_glimmer": {"vision_config": {"hidden_size": 16}},
+    "vitmatte": {"backbone_config": {"patch_size": 16, "image_size": 32}},
+    "zamba": {"num_hidden_layers": 4, "layers_block_type": ["linear_attention", "hybrid"] * 2, "attention_hidden_size": DROP},
+    "zamba2": {
+        **{"num_hidden_layers": 4, "layers_block_type": ["linear_attention", "hybrid"] * 2, "hybrid_layer_ids": DROP},
+        **{
+            "adapter_rank": 8,
+            "attention_hidden_size": DROP,
+            "num_key_value_heads": 4,
+            "attention_head_dim": 32,
+            "mamba_headdim": 16,
+            "n_mamba_heads": 8,
+        },
+    },
     "reformer": {"axial_pos_embds_dim": [24, 40], "axial_pos_shape": [4, 8], "attention_head_size": 16},
 }
 # type -> why it is not built at all

@@ -11,8 +11,8 @@ import hf_compress as hc
 
 ATTENTION = re.compile(r"Attention|Attn")
 # attention by name, with nothing that could be cut as a head: RWKV's channels are weighed one by one over time; SwiftFormer has
-# one query for all places and one weight a channel
-NO_HEADS = re.compile(r"RwkvSelfAttention|EfficientAdditiveAttention")
+# one query for all places and one weight a channel, MobileViTV2 one score a place
+NO_HEADS = re.compile(r"RwkvSelfAttention|EfficientAdditiveAttention|MobileViTV2LinearSelfAttention")
 FEED_FORWARD = re.compile(r"MLP|Mlp|FeedForward|FFN|Intermediate|Experts$|MoE$|MoeBlock|SparseMoe")
 
 
