@@ -507,10 +507,16 @@ def test_a_stage_that_had_a_teacher_says_so(name, options, said):
     assert ("distilled" in techniques([], {"stages": [row]})) == ("distil" in said)
 
 
-@pytest.mark.parametrize("training", [{}, {"max_steps": 8, "end": 0.8, "teacher": "previous"}])
+def test_tries_without_a_target_and_without_training_are_refused(world, tmp_path):
+    recipe = {**world, "steps": [{"prune": {"heads": 0.5, "tries": 3}}, MEASURE], "output": str(tmp_path / "out")}
+    with pytest.raises(CompressionError, match="tries is a word of pruning while training"):
+        run_recipe(recipe)
+
+
+@pytest.mark.parametrize("training", [{}, {"max_steps": 8, "end": 0.8, "teacher": "previous", "restart_rate": True}])
 def test_to_a_target(training, world, tmp_path):
     """With training and without: what is left is counted."""
-    step = {"prune": {"parameters": 1.2, **training}}
+    step = {"prune": {"parameters": 1.2, "tries": 3, **training}}
     recipe = {**world, "steps": [TUNE, step, MEASURE], "output": str(tmp_path / "out")}
     report = run_recipe(recipe)
     assert report.against is not None

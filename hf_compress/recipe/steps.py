@@ -200,14 +200,14 @@ def _check_prune(step: Step) -> None:
             )
         PruningCallback(**step.own(PruningCallback))
         return
-    late = sorted(CALLBACK_ONLY["prune"] & step.options.keys())
+    late = sorted((CALLBACK_ONLY["prune"] & step.options.keys()) - ({"tries"} if aims else set()))
     if late:
         raise CompressionError(f"{late[0]} is a word of pruning while training: add epochs: or max_steps:, or leave it out.")
     if aims:
         idle = sorted(step.own(plan_pruning).keys() - {"heads", "neurons"})
         if idle:
             raise CompressionError(f"{idle[0]} would do nothing with {next(iter(aims))}: leave it out.")
-        PruningCallback(**aims, **step.own(plan_pruning))
+        PruningCallback(**aims, **step.own(plan_pruning), **_tries(step))
         return
     check_options(
         **{
@@ -221,6 +221,10 @@ def _check_prune(step: Step) -> None:
 def _targets(step: Step) -> dict[str, Any]:
     """What is asked for, where it is no share: a speed-up, or so many times fewer of something."""
     return {name: step.options[name] for name in TARGETS if step.options.get(name) is not None}
+
+
+def _tries(step: Step) -> dict[str, Any]:
+    return {"tries": step.options["tries"]} if "tries" in step.options else {}
 
 
 def _typical(step: Step, setup: Setup) -> dict[str, torch.Tensor]:
@@ -247,7 +251,7 @@ def _prune(step: Step, model: Any, stage: Stage) -> tuple[Any, Plan]:
         return model, callback.plan or Plan()
     if _targets(step):
         rows = list(setup.batches("train", step.options.get("calibration_samples", 512), size=32))
-        pruned = prune_to(model, rows, **_targets(step), inputs=_typical(step, setup))
+        pruned = prune_to(model, rows, **_targets(step), **_tries(step), inputs=_typical(step, setup))
         logger.info(f"{step.name}: {pruned}")
         save_pruned(stage.folder, pruned.to_dict())
         return model, pruned.plan
