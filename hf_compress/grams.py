@@ -92,8 +92,7 @@ def measure_grams(
 
     def add(name: str, module: nn.Module, x: torch.Tensor) -> None:
         mask = masks["decoder" if "decoder" in name.split(".") else "encoder"]
-        rows = x[mask.bool()] if mask is not None and x.shape[:2] == mask.shape else x
-        rows = patches(module, x) if isinstance(module, _ConvNd) else rows.reshape(-1, x.shape[-1]).float()
+        rows = patches(module, x) if isinstance(module, _ConvNd) else real_rows(x, mask).float()
         if squares:
             grams[name] = grams.get(name, 0.0) + rows.square().sum(0)
         elif name in grams:
@@ -150,6 +149,31 @@ def spread(batches: Sequence[Mapping[str, Any]], rows: int) -> list[int]:
     there = sum(next((len(v) for v in batch.values() if isinstance(v, torch.Tensor) and v.ndim), 1) for batch in batches)
     count = min(len(batches), max(1, round(len(batches) * rows / max(there, 1))))
     return [int((i + 0.5) * len(batches) / count) for i in range(count)]
+
+
+def mask_of(model: nn.Module, batch: Mapping[str, Any], module: str) -> torch.Tensor | None:
+    """Which tokens are real of what a module is given, (rows, tokens); None where the batch does not say."""
+    two_sided = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+    mask = batch.get("decoder_attention_mask" if two_sided and "decoder" in module.split(".") else "attention_mask")
+    return mask if isinstance(mask, torch.Tensor) and mask.ndim == 2 else None
+
+
+def real_rows(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """A tensor as rows, (rows, columns), without those that a mask of its first two dimensions hides.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from hf_compress.grams import real_rows
+    >>> real_rows(torch.arange(6.0).view(1, 3, 2), torch.tensor([[1, 0, 1]]))
+    tensor([[0., 1.],
+            [4., 5.]])
+
+    ```
+    """
+    masked = mask is not None and x.ndim == 3 and x.shape[:2] == mask.shape
+    return x[mask.to(x.device).bool()] if masked else x.reshape(-1, x.shape[-1])  # type: ignore[union-attr]
 
 
 def unlabelled(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
