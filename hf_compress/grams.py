@@ -151,13 +151,6 @@ def spread(batches: Sequence[Mapping[str, Any]], rows: int) -> list[int]:
     return [int((i + 0.5) * len(batches) / count) for i in range(count)]
 
 
-def mask_of(model: nn.Module, batch: Mapping[str, Any], module: str) -> torch.Tensor | None:
-    """Which tokens are real of what a module is given, (rows, tokens); None where the batch does not say."""
-    two_sided = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
-    mask = batch.get("decoder_attention_mask" if two_sided and "decoder" in module.split(".") else "attention_mask")
-    return mask if isinstance(mask, torch.Tensor) and mask.ndim == 2 else None
-
-
 def real_rows(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     """A tensor as rows, (rows, columns), without those that a mask of its first two dimensions hides.
 

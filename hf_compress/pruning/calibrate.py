@@ -27,7 +27,7 @@ from transformers.pytorch_utils import Conv1D
 from ..cutting import Block
 from ..discover import Structure
 from ..edits import CompressionError
-from ..grams import real_tokens, unlabelled
+from ..grams import real_rows, real_tokens, unlabelled
 from ..modules import dense_weight
 from ..probe import difference, quiet_run, tensors_in, tolerance
 from .surgeon import Moments
@@ -253,9 +253,7 @@ class Calibration:
     def rows(self, tensor: torch.Tensor, block: Block, batch: int) -> torch.Tensor:
         """A tensor as rows, without those of padding."""
         mask = real_tokens(self.model, self.batches[batch], "decoder" in block.name.split("."))
-        if mask is not None and tensor.ndim == 3 and mask.shape == tensor.shape[:2]:
-            return tensor[mask.to(tensor.device).bool()]
-        return tensor.flatten(0, -2)
+        return real_rows(tensor, mask)
 
     def place(self, segment: Segment, block: Block) -> Place | None:
         """Where the output of a block's projection is in the residual stream (see the module's docstring)."""

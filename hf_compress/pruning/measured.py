@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from ..cutting import Block
 from ..edits import CompressionError
-from ..grams import mask_of, real_rows
+from ..grams import real_rows, real_tokens, unlabelled
 from ..probe import difference, tolerance
 from .select import count_units, units_of
 
@@ -124,7 +124,7 @@ def activations(model: nn.Module, gates: Sequence[Gated], batches: Iterable[Mapp
             return inputs
         ran.add(gate.module)
         flat = inputs.detach().movedim(gate.dim, -1)
-        mask = mask_of(model, now[0], gate.module)
+        mask = real_tokens(model, now[0], "decoder" in gate.module.split("."))
         if mask is not None and gate.module in (ordered or ()) and flat.shape[:-1] == (mask.numel(),):
             flat = flat.unflatten(0, mask.shape)
         flat = real_rows(flat, mask)
@@ -138,7 +138,7 @@ def activations(model: nn.Module, gates: Sequence[Gated], batches: Iterable[Mapp
             batch = _on_device(model, batch)
             if ordered is None:
                 ordered = _in_order(model, gates, batch)
-            now[0] = batch
+            now[0] = unlabelled(model, batch)
             _forward(model, batch)
             now[0] = {}
     _all_ran(gates, ran)
