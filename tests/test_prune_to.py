@@ -17,7 +17,7 @@ import hf_compress as hc
 from hf_compress import timing
 from hf_compress.compensation import is_plain
 from hf_compress.discover import discover
-from hf_compress.pruning import latency, prices
+from hf_compress.pruning import latency, prices, target
 from hf_compress.pruning.calibrate import Calibration
 from hf_compress.pruning.compensate import compensated, curves, unit_counts
 from hf_compress.pruning.latency import LatencyTable
@@ -445,6 +445,44 @@ def test_wrong_arguments_say_what_is_allowed():
         with pytest.raises(hc.CompressionError):
             hc.prune_family(model, batches, wrong)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_tables_that_cannot_be_right():
+    name = "bert.encoder.layer.0"
+    for total, times, message in (
+        (float("nan"), {name: {64: 1.0}}, "The time of the whole model in a LatencyTable must be seconds above 0, got nan"),
+        (0, {name: {64: 1.0}}, "seconds above 0, got 0"),
+        (True, {name: {64: 1.0}}, "seconds above 0, got True"),
+        (2.0, {name: {64: 1.5, 8: -0.5}}, f"The time of '{name}' at size 8 in a LatencyTable .* got -0.5"),
+        (2.0, {name: {64: float("inf")}}, "at size 64 .* got inf"),
+        (2.0, {name: {64: "1"}}, "at size 64 .* got '1'"),
+        (2.0, {name: {}}, f"The times of '{name}' must be a dict of seconds by size"),
+        (2.0, {}, "at least one block"),
+        (2.0, [1], "at least one block"),
+        (2.0, {3: {64: 1.0}}, "must be a module name"),
+        (2.0, {name: {64: 1.5, 0: 1.0}}, f"A size of '{name}' must be a whole number >= 1 .* got 0"),
+        (2.0, {name: {64.0: 1.5}}, "must be a whole number"),
+    ):
+        with pytest.raises(hc.CompressionError, match=message):
+            LatencyTable({}, total, times)
+    model, batches = bert(), texts(count=1)
+    whole = {f"bert.encoder.layer.{i}": {64: 1.0, 8: 0.1} for i in range(3)}
+    with pytest.raises(hc.CompressionError, match="predicts -0.7 seconds, of 2.* cannot save more than the whole model"):
+        hc.prune_to(model, batches, speedup=1.5, heads=False, table=LatencyTable({}, 2.0, whole))
+    # 4 / (4 - 3 * 0.9) = 3.08, and not one more
+    table = LatencyTable({}, 4.0, whole)
+    assert hc.prune_family(model, batches, [3.07], heads=False, table=table)[0].achieved == pytest.approx(4 / 1.3)
+    with pytest.raises(hc.CompressionError, match=r"speedup=3.1 is more than .* about 3.08 at most"):
+        hc.prune_to(model, batches, speedup=3.1, heads=False, table=table)
+
+
+def test_all_targets_of_a_family_are_looked_at_before_the_first_plan(monkeypatch):
+    model, batches = bert(), texts(count=1)
+    monkeypatch.setattr(target, "losses_of", lambda *_: pytest.fail("calibrated already"))
+    with pytest.raises(hc.CompressionError, match="speedup=40 is more than"):
+        hc.prune_family(model, batches, [1.2, 40, 1.5], table=made_up(model))
+    with pytest.raises(hc.CompressionError, match="parameters=50 is more than"):
+        hc.prune_to(model, batches, parameters=50)
 
 
 def test_cuts_that_bring_weights_along():

@@ -172,6 +172,9 @@ def prune_family(
 ) -> list[Pruned]:
     """Plans for several speed-ups from one calibration; the model is not changed. See `prune_to`.
 
+    Whether the smallest sizes meet every speed-up is looked at first, before anything is calibrated: one that cannot be met is
+    refused before there are plans for the others.
+
     Example:
 
     ```python
@@ -244,9 +247,12 @@ def _family(
         proved = prove_variants(model, trial, inputs)
     grids = {block.name: sorted(grid(block) if table is None else table.times.get(block.name, ())) for block in blocks}
     database: Database | None = {} if tries and is_small(calibration, grids) else None
+    prices = Prices(model, inputs, blocks, proved, target, table)
+    for ratio in ratios:  # what cannot be met is refused before the long work
+        prices.check(ratio)
     found = losses_of(calibration, damping, grids, database)
     blocks = calibration.blocks
-    prices = Prices(model, inputs, blocks, proved, target, table)
+    prices.only(blocks)
     losses = {block.name: found[block.name].at(prices.costs[block.name]) for block in blocks}
     units = {block.name: unit_of(block) for block in blocks}
     known = {block.name: found[block.name].shares(prices.costs[block.name]) for block in blocks}
