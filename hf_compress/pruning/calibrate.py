@@ -440,17 +440,22 @@ def over_processes_(*tensors: torch.Tensor) -> None:
 def of_the_first(function: Callable[[], Any]) -> Any:
     """What a function gives in the first process of a distributed run, for all of them; the others wait.
 
-    For what is timed: times differ between processes, and all must cut alike. A refusal there is one in every process.
+    For what is timed: times differ between processes, and all must cut alike. What fails there fails in every process, so
+    that none waits for good.
     """
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         return function()
     box: list[Any] = [None, None]
+    failed: Exception | None = None
     if dist.get_rank() == 0:
         try:
             box[0] = function()
-        except CompressionError as error:
-            box[1] = str(error)
+        except Exception as error:  # of any kind (out of memory, say): it is raised below, once the others know
+            refused = isinstance(error, CompressionError)
+            failed, box[1] = error, str(error) if refused else f"The first process failed: {type(error).__name__}: {error}"
     dist.broadcast_object_list(box, src=0)
+    if failed is not None:
+        raise failed
     if box[1] is not None:
         raise CompressionError(box[1])
     return box[0]
