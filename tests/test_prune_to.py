@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 import transformers as T
 
 import hf_compress as hc
@@ -18,7 +19,7 @@ from hf_compress import timing
 from hf_compress.compensation import is_plain
 from hf_compress.discover import discover
 from hf_compress.pruning import latency, prices, target
-from hf_compress.pruning.calibrate import Calibration
+from hf_compress.pruning.calibrate import Calibration, of_the_first
 from hf_compress.pruning.compensate import compensated, curves, unit_counts
 from hf_compress.pruning.latency import LatencyTable
 from hf_compress.pruning.select import trial_plan
@@ -483,6 +484,45 @@ def test_all_targets_of_a_family_are_looked_at_before_the_first_plan(monkeypatch
         hc.prune_family(model, batches, [1.2, 40, 1.5], table=made_up(model))
     with pytest.raises(hc.CompressionError, match="parameters=50 is more than"):
         hc.prune_to(model, batches, parameters=50)
+
+
+def test_a_cache_that_cannot_be_written_is_told(monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setattr(latency, "FOLDER", tmp_path / "file" / "latency")
+    told = []
+    monkeypatch.setattr(latency.logger, "warning", told.append)
+    model, batches = bert(), texts(count=1)
+    blocks = [block for block in blocks_of(model) if block in discover(model).attentions]
+    proved = prove_variants(model, trial_plan(model, discover(model), blocks), batches[0])
+    table = latency.latency_table(model, batches[0], blocks, proved, repeats=1)
+    assert set(table.times) == {block.name for block in blocks}
+    assert len(told) == 1 and "not kept for another run. Could not write into" in told[0]
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("of 80 GiB"), hc.CompressionError("too much was asked")])
+def test_what_fails_in_the_first_process_fails_in_all(error, monkeypatch):
+    sent, rank = [], [0]
+
+    def broadcast(box, src):
+        if rank[0] == src:
+            sent[:] = box
+        else:
+            box[:] = sent
+
+    def fail():
+        raise error
+
+    for name, value in (("is_initialized", True), ("get_world_size", 2)):
+        monkeypatch.setattr(dist, name, lambda value=value: value)
+    monkeypatch.setattr(dist, "get_rank", lambda: rank[0])
+    monkeypatch.setattr(dist, "broadcast_object_list", broadcast)
+    with pytest.raises(type(error)) as first:
+        of_the_first(fail)
+    assert first.value is error
+    rank[0] = 1
+    message = "The first process failed: OutOfMemoryError: of 80 GiB" if "GiB" in str(error) else "^too much was asked$"
+    with pytest.raises(hc.CompressionError, match=message):
+        of_the_first(lambda: pytest.fail("the first alone does it"))
 
 
 def test_cuts_that_bring_weights_along():
