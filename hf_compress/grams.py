@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
 from tqdm.auto import tqdm
 
+from .checks import shown
 from .edits import CompressionError, LowRank
 from .modules import width
 from .probe import quiet_run
@@ -51,9 +52,27 @@ def checked_batches(batches: Iterable[Mapping[str, Any]]) -> list[Mapping[str, A
     for batch in found:
         if not isinstance(batch, Mapping):
             raise CompressionError(f"A batch must be a dict, as for model(**batch), got {type(batch).__name__}.")
+        _check_names(batch, "a batch")
     if not found:
         raise CompressionError("batches is empty; a few hundred rows are enough.")
     return found
+
+
+def check_inputs(inputs: Mapping[str, Any] | None) -> None:
+    """Refuse what is no batch, as for `model(**inputs)`; there may be none."""
+    if inputs is None:
+        return
+    if not isinstance(inputs, Mapping):
+        raise CompressionError(f"inputs must be a batch as for model(**inputs), got {type(inputs).__name__}.")
+    _check_names(inputs, "inputs")
+
+
+def _check_names(batch: Mapping[str, Any], what: str) -> None:
+    """Refuse a batch that holds nothing, or something under what is no argument's name."""
+    wrong = next((key for key in batch if not isinstance(key, str)), None)
+    if wrong is not None or not batch:
+        got = "nothing" if wrong is None else f"the key {shown(wrong)}"
+        raise CompressionError(f"The keys of {what} are names of the model's arguments ('input_ids': ...), got {got}.")
 
 
 def measure_grams(

@@ -448,6 +448,48 @@ def test_wrong_arguments_say_what_is_allowed():
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
+def test_wrong_inputs_say_what_is_allowed():
+    model, batches = bert(), texts(count=1)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    lists = {"input_ids": [[5, 6, 7]]}
+    for arguments, message in (
+        ({"parameters": 1.2, "heads": "no"}, "heads must be True or False .* got 'no'"),
+        ({"parameters": 1.2, "neurons": 0.5}, "neurons must be True or False .* got 0.5"),
+        ({"macs": 1.2, "inputs": {"foo": torch.ones(2, 3)}}, r"does not run on inputs \(foo\): ValueError"),
+        ({"macs": 1.2, "inputs": lists}, r"does not run on inputs \(input_ids\): AttributeError"),
+        ({"speedup": 1.2, "inputs": lists}, r"does not run on inputs \(input_ids\): AttributeError"),
+        ({"macs": 1.2, "inputs": {3: torch.ones(2, 3)}}, "The keys of inputs are names .* got the key 3"),
+        ({"macs": 1.2, "inputs": {}}, "The keys of inputs are names .* got nothing"),
+    ):
+        with pytest.raises(hc.CompressionError, match=message):
+            hc.prune_to(model, batches, **arguments)
+    for wrong in ({3: torch.ones(2, 3)}, {}):
+        with pytest.raises(hc.CompressionError, match="The keys of a batch are names of the model's arguments"):
+            hc.prune_to(model, [*batches, wrong], parameters=1.2)
+    with pytest.raises(hc.CompressionError, match=r"does not run on a calibration batch \(input_ids\): AttributeError"):
+        hc.prune_to(model, [lists], parameters=1.2)
+    with pytest.raises(hc.CompressionError, match=r"does not run on a calibration batch \(3\): TypeError"):
+        hc.plan_pruning(model, [{3: torch.ones(2, 3)}], heads=0.5)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_where_there_are_no_gradients_or_nothing_goes():
+    model, batches = bert(), texts(count=1)
+    with pytest.raises(hc.CompressionError, match=r"prune_to takes gradients, which torch.inference_mode\(\) forbids"):
+        with torch.inference_mode():
+            hc.prune_to(model, batches, parameters=1.2)
+    with torch.inference_mode():
+        made = bert()
+    with pytest.raises(hc.CompressionError, match="was made under torch.inference_mode"):
+        hc.prune_to(made, batches, parameters=1.2)
+    hc.prune_to(copy.deepcopy(made), batches, parameters=1.1, tries=0)
+    with torch.no_grad():
+        hc.prune_to(model, batches, parameters=1.1, tries=0)
+    narrow = T.BertModel(T.BertConfig(**{**SIZES, "num_attention_heads": 1}))
+    with pytest.raises(hc.CompressionError, match="Every block of this BertModel that could be cut has a single head"):
+        hc.prune_to(narrow, batches, parameters=1.1, neurons=False)
+
+
 def test_tables_that_cannot_be_right():
     name = "bert.encoder.layer.0"
     for total, times, message in (

@@ -188,7 +188,7 @@ class Calibration:
             raise
         except Exception as error:  # a model may refuse a batch in any way
             raise CompressionError(
-                f"{type(self.model).__name__} does not run on a calibration batch ({', '.join(batch)}): "
+                f"{type(self.model).__name__} does not run on a calibration batch ({', '.join(map(str, batch))}): "
                 f"{type(error).__name__}: {error}"
             ) from error
 

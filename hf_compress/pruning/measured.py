@@ -231,7 +231,8 @@ def _forward(model: nn.Module, batch: Mapping[str, Any]) -> Any:
         return model(**batch)
     except Exception as error:  # a model may refuse a batch in any way
         raise CompressionError(
-            f"{type(model).__name__} does not run on a calibration batch ({', '.join(batch)}): {type(error).__name__}: {error}"
+            f"{type(model).__name__} does not run on a calibration batch ({', '.join(map(str, batch))}): "
+            f"{type(error).__name__}: {error}"
         ) from error
 
 

@@ -16,6 +16,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.utils import logging
 
 from ..edits import CompressionError
+from ..grams import check_inputs
 from ..host import (
     calling_trainer,
     first_rows,
@@ -113,8 +114,7 @@ class SparsityCallback(TrainerCallback):
         check_schedule(schedule, start, end, every)
         if modules is not None:
             name_pattern(modules, "modules")
-        if inputs is not None and not isinstance(inputs, Mapping):
-            raise CompressionError(f"inputs must be a batch as for model(**inputs), got {type(inputs).__name__}.")
+        check_inputs(inputs)
         self.inputs = inputs
         self.options: dict[str, Any] = {
             "sparsity": sparsity if pattern is None else None,
