@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
 from tqdm.auto import tqdm
 
+from .checks import shown
 from .edits import CompressionError, LowRank
 from .modules import width
 from .probe import quiet_run
@@ -51,9 +52,27 @@ def checked_batches(batches: Iterable[Mapping[str, Any]]) -> list[Mapping[str, A
     for batch in found:
         if not isinstance(batch, Mapping):
             raise CompressionError(f"A batch must be a dict, as for model(**batch), got {type(batch).__name__}.")
+        _check_names(batch, "a batch")
     if not found:
         raise CompressionError("batches is empty; a few hundred rows are enough.")
     return found
+
+
+def check_inputs(inputs: Mapping[str, Any] | None) -> None:
+    """Refuse what is no batch, as for `model(**inputs)`; there may be none."""
+    if inputs is None:
+        return
+    if not isinstance(inputs, Mapping):
+        raise CompressionError(f"inputs must be a batch as for model(**inputs), got {type(inputs).__name__}.")
+    _check_names(inputs, "inputs")
+
+
+def _check_names(batch: Mapping[str, Any], what: str) -> None:
+    """Refuse a batch that holds nothing, or something under what is no argument's name."""
+    wrong = next((key for key in batch if not isinstance(key, str)), None)
+    if wrong is not None or not batch:
+        got = "nothing" if wrong is None else f"the key {shown(wrong)}"
+        raise CompressionError(f"The keys of {what} are names of the model's arguments ('input_ids': ...), got {got}.")
 
 
 def measure_grams(
@@ -92,8 +111,7 @@ def measure_grams(
 
     def add(name: str, module: nn.Module, x: torch.Tensor) -> None:
         mask = masks["decoder" if "decoder" in name.split(".") else "encoder"]
-        rows = x[mask.bool()] if mask is not None and x.shape[:2] == mask.shape else x
-        rows = patches(module, x) if isinstance(module, _ConvNd) else rows.reshape(-1, x.shape[-1]).float()
+        rows = patches(module, x) if isinstance(module, _ConvNd) else real_rows(x, mask).float()
         if squares:
             grams[name] = grams.get(name, 0.0) + rows.square().sum(0)
         elif name in grams:
@@ -150,6 +168,24 @@ def spread(batches: Sequence[Mapping[str, Any]], rows: int) -> list[int]:
     there = sum(next((len(v) for v in batch.values() if isinstance(v, torch.Tensor) and v.ndim), 1) for batch in batches)
     count = min(len(batches), max(1, round(len(batches) * rows / max(there, 1))))
     return [int((i + 0.5) * len(batches) / count) for i in range(count)]
+
+
+def real_rows(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """A tensor as rows, (rows, columns), without those that a mask of its first two dimensions hides.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from hf_compress.grams import real_rows
+    >>> real_rows(torch.arange(6.0).view(1, 3, 2), torch.tensor([[1, 0, 1]]))
+    tensor([[0., 1.],
+            [4., 5.]])
+
+    ```
+    """
+    masked = mask is not None and x.ndim == 3 and x.shape[:2] == mask.shape
+    return x[mask.to(x.device).bool()] if masked else x.reshape(-1, x.shape[-1])  # type: ignore[union-attr]
 
 
 def unlabelled(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.amp.grad_scaler import OptState
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel, Trainer
@@ -136,6 +137,33 @@ def _collated(trainer: Trainer, rows: Iterable[Sequence[int]]) -> list[dict[str,
         finally:
             random.setstate(states[0])
             np.random.set_state(states[1])
+
+
+def log_beside(trainer: Trainer | None, numbers: dict[str, float]) -> None:
+    """Log numbers of our own in the middle of a step: the loss of this step is told as it would have been.
+
+    Not with the `log` of a subclass, which may empty averages of its own (TRL).
+    """
+    if trainer is not None:
+        due = trainer.control.should_log  # which `log` takes back
+        Trainer.log(trainer, numbers)
+        trainer.control.should_log = due
+
+
+def loss_scale(trainer: Trainer | None) -> float:
+    """What gradients are multiplied by now, between the backward pass and the optimizer's step.
+
+    Float16 training multiplies its loss, and the scaler divides gradients by as much before they are clipped, before their
+    norm is logged (transformers 5.23 does that without clipping too), or in the optimizer's step: it alone knows if it has.
+    """
+    scaler: Any = None if trainer is None else getattr(trainer.accelerator, "scaler", None)
+    if trainer is None or scaler is None:
+        return 1.0
+    optimizer: Any = trainer.optimizer
+    while hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    known = scaler._per_optimizer_states.get(id(optimizer))
+    return float(scaler.get_scale()) if known is None or known["stage"] is OptState.READY else 1.0
 
 
 GUARDED = ("_run_epoch", "_evaluate", "_finalize_training")

@@ -43,6 +43,18 @@ def check_foreign(model: nn.Module) -> None:
             )
 
 
+def check_gradients(model: nn.Module, who: str) -> None:
+    """Refuse to ask for gradients where there can be none; `torch.no_grad()` around is no hindrance."""
+    if torch.is_inference_mode_enabled():
+        raise CompressionError(f"{who} takes gradients, which torch.inference_mode() forbids: call it outside of that.")
+    name = next((name for name, parameter in model.named_parameters() if parameter.is_inference()), None)
+    if name is not None:
+        raise CompressionError(
+            f"{who} takes gradients, and {name!r} was made under torch.inference_mode(), which forbids them: make or load the "
+            "model outside of that, or copy it (copy.deepcopy(model))."
+        )
+
+
 def check_weights(name: str, module: nn.Module) -> None:
     """Refuse a module whose weight is computed from something else."""
     if parametrize.is_parametrized(module):

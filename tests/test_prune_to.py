@@ -11,14 +11,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 import transformers as T
 
 import hf_compress as hc
 from hf_compress import timing
 from hf_compress.compensation import is_plain
 from hf_compress.discover import discover
-from hf_compress.pruning import latency, prices
-from hf_compress.pruning.calibrate import Calibration
+from hf_compress.pruning import latency, prices, target
+from hf_compress.pruning.calibrate import Calibration, of_the_first
 from hf_compress.pruning.compensate import compensated, curves, unit_counts
 from hf_compress.pruning.latency import LatencyTable
 from hf_compress.pruning.select import trial_plan
@@ -445,6 +446,125 @@ def test_wrong_arguments_say_what_is_allowed():
         with pytest.raises(hc.CompressionError):
             hc.prune_family(model, batches, wrong)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_wrong_inputs_say_what_is_allowed():
+    model, batches = bert(), texts(count=1)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    lists = {"input_ids": [[5, 6, 7]]}
+    for arguments, message in (
+        ({"parameters": 1.2, "heads": "no"}, "heads must be True or False .* got 'no'"),
+        ({"parameters": 1.2, "neurons": 0.5}, "neurons must be True or False .* got 0.5"),
+        ({"macs": 1.2, "inputs": {"foo": torch.ones(2, 3)}}, r"does not run on inputs \(foo\): ValueError"),
+        ({"macs": 1.2, "inputs": lists}, r"does not run on inputs \(input_ids\): AttributeError"),
+        ({"speedup": 1.2, "inputs": lists}, r"does not run on inputs \(input_ids\): AttributeError"),
+        ({"macs": 1.2, "inputs": {3: torch.ones(2, 3)}}, "The keys of inputs are names .* got the key 3"),
+        ({"macs": 1.2, "inputs": {}}, "The keys of inputs are names .* got nothing"),
+    ):
+        with pytest.raises(hc.CompressionError, match=message):
+            hc.prune_to(model, batches, **arguments)
+    for wrong in ({3: torch.ones(2, 3)}, {}):
+        with pytest.raises(hc.CompressionError, match="The keys of a batch are names of the model's arguments"):
+            hc.prune_to(model, [*batches, wrong], parameters=1.2)
+    with pytest.raises(hc.CompressionError, match=r"does not run on a calibration batch \(input_ids\): AttributeError"):
+        hc.prune_to(model, [lists], parameters=1.2)
+    with pytest.raises(hc.CompressionError, match=r"does not run on a calibration batch \(3\): TypeError"):
+        hc.plan_pruning(model, [{3: torch.ones(2, 3)}], heads=0.5)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_where_there_are_no_gradients_or_nothing_goes():
+    model, batches = bert(), texts(count=1)
+    with pytest.raises(hc.CompressionError, match=r"prune_to takes gradients, which torch.inference_mode\(\) forbids"):
+        with torch.inference_mode():
+            hc.prune_to(model, batches, parameters=1.2)
+    with torch.inference_mode():
+        made = bert()
+    with pytest.raises(hc.CompressionError, match="was made under torch.inference_mode"):
+        hc.prune_to(made, batches, parameters=1.2)
+    hc.prune_to(copy.deepcopy(made), batches, parameters=1.1, tries=0)
+    with torch.no_grad():
+        hc.prune_to(model, batches, parameters=1.1, tries=0)
+    narrow = T.BertModel(T.BertConfig(**{**SIZES, "num_attention_heads": 1}))
+    with pytest.raises(hc.CompressionError, match="Every block of this BertModel that could be cut has a single head"):
+        hc.prune_to(narrow, batches, parameters=1.1, neurons=False)
+
+
+def test_tables_that_cannot_be_right():
+    name = "bert.encoder.layer.0"
+    for total, times, message in (
+        (float("nan"), {name: {64: 1.0}}, "The time of the whole model in a LatencyTable must be seconds above 0, got nan"),
+        (0, {name: {64: 1.0}}, "seconds above 0, got 0"),
+        (True, {name: {64: 1.0}}, "seconds above 0, got True"),
+        (2.0, {name: {64: 1.5, 8: -0.5}}, f"The time of '{name}' at size 8 in a LatencyTable .* got -0.5"),
+        (2.0, {name: {64: float("inf")}}, "at size 64 .* got inf"),
+        (2.0, {name: {64: "1"}}, "at size 64 .* got '1'"),
+        (2.0, {name: {}}, f"The times of '{name}' must be a dict of seconds by size"),
+        (2.0, {}, "at least one block"),
+        (2.0, [1], "at least one block"),
+        (2.0, {3: {64: 1.0}}, "must be a module name"),
+        (2.0, {name: {64: 1.5, 0: 1.0}}, f"A size of '{name}' must be a whole number >= 1 .* got 0"),
+        (2.0, {name: {64.0: 1.5}}, "must be a whole number"),
+    ):
+        with pytest.raises(hc.CompressionError, match=message):
+            LatencyTable({}, total, times)
+    model, batches = bert(), texts(count=1)
+    whole = {f"bert.encoder.layer.{i}": {64: 1.0, 8: 0.1} for i in range(3)}
+    with pytest.raises(hc.CompressionError, match="predicts -0.7 seconds, of 2.* cannot save more than the whole model"):
+        hc.prune_to(model, batches, speedup=1.5, heads=False, table=LatencyTable({}, 2.0, whole))
+    # 4 / (4 - 3 * 0.9) = 3.08, and not one more
+    table = LatencyTable({}, 4.0, whole)
+    assert hc.prune_family(model, batches, [3.07], heads=False, table=table)[0].achieved == pytest.approx(4 / 1.3)
+    with pytest.raises(hc.CompressionError, match=r"speedup=3.1 is more than .* about 3.08 at most"):
+        hc.prune_to(model, batches, speedup=3.1, heads=False, table=table)
+
+
+def test_all_targets_of_a_family_are_looked_at_before_the_first_plan(monkeypatch):
+    model, batches = bert(), texts(count=1)
+    monkeypatch.setattr(target, "losses_of", lambda *_: pytest.fail("calibrated already"))
+    with pytest.raises(hc.CompressionError, match="speedup=40 is more than"):
+        hc.prune_family(model, batches, [1.2, 40, 1.5], table=made_up(model))
+    with pytest.raises(hc.CompressionError, match="parameters=50 is more than"):
+        hc.prune_to(model, batches, parameters=50)
+
+
+def test_a_cache_that_cannot_be_written_is_told(monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setattr(latency, "FOLDER", tmp_path / "file" / "latency")
+    told = []
+    monkeypatch.setattr(latency.logger, "warning", told.append)
+    model, batches = bert(), texts(count=1)
+    blocks = [block for block in blocks_of(model) if block in discover(model).attentions]
+    proved = prove_variants(model, trial_plan(model, discover(model), blocks), batches[0])
+    table = latency.latency_table(model, batches[0], blocks, proved, repeats=1)
+    assert set(table.times) == {block.name for block in blocks}
+    assert len(told) == 1 and "not kept for another run. Could not write into" in told[0]
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("of 80 GiB"), hc.CompressionError("too much was asked")])
+def test_what_fails_in_the_first_process_fails_in_all(error, monkeypatch):
+    sent, rank = [], [0]
+
+    def broadcast(box, src):
+        if rank[0] == src:
+            sent[:] = box
+        else:
+            box[:] = sent
+
+    def fail():
+        raise error
+
+    for name, value in (("is_initialized", True), ("get_world_size", 2)):
+        monkeypatch.setattr(dist, name, lambda value=value: value)
+    monkeypatch.setattr(dist, "get_rank", lambda: rank[0])
+    monkeypatch.setattr(dist, "broadcast_object_list", broadcast)
+    with pytest.raises(type(error)) as first:
+        of_the_first(fail)
+    assert first.value is error
+    rank[0] = 1
+    message = "The first process failed: OutOfMemoryError: of 80 GiB" if "GiB" in str(error) else "^too much was asked$"
+    with pytest.raises(hc.CompressionError, match=message):
+        of_the_first(lambda: pytest.fail("the first alone does it"))
 
 
 def test_cuts_that_bring_weights_along():

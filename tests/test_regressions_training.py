@@ -7,6 +7,7 @@ import os
 import pytest
 import torch
 import transformers as T
+from accelerate.utils import AutocastKwargs
 
 import hf_compress as hc
 from hf_compress import files
@@ -221,6 +222,44 @@ def test_resume_from_a_path_restores_renamed_weights_too(tmp_path):
     again.train(resume_from_checkpoint=tmp_path / "a" / "checkpoint-4")
     for (name, p), (_, q) in zip(whole.model.named_parameters(), again.model.named_parameters(), strict=True):
         assert torch.equal(p, q), name
+
+
+@pytest.mark.parametrize("callback", [hc.PruningCallback(neurons=0.5, every=1), hc.SparsityCallback(0.5, every=1)])
+def test_steps_at_which_masks_move_tell_their_loss(callback, tmp_path):
+    t = trainer(tmp_path, [callback], max_steps=10, logging_steps=1)
+    t.train()
+    told = [entry["step"] for entry in t.state.log_history if "loss" in entry]
+    removed = [entry for entry in t.state.log_history if {"weights_removed", "neurons_removed"} & entry.keys()]
+    assert told == list(range(1, 11)) and len(removed) == 5
+
+
+@pytest.mark.parametrize("unscaled", ["clipped", "for its norm", "by the step"])
+@pytest.mark.parametrize("kind", [hc.PruningCallback, hc.SparsityCallback])
+def test_movement_is_that_of_gradients_without_the_loss_scale(kind, unscaled, tmp_path, monkeypatch):
+    """A scaler as float16 training has one; who divides by its scale, and when, differs between releases of transformers."""
+    if unscaled == "by the step":
+        monkeypatch.setattr(T.Trainer, "_get_grad_norm", lambda self, model, grad_norm=None: 0.0, raising=False)
+    scores = []
+    for scale in (None, 256.0):
+        many = dict(heads=0.5, neurons=0.5) if kind is hc.PruningCallback else dict(sparsity=0.5)
+        prune, seen = kind(**many, score="movement", start=0.9, end=1.0), {}
+
+        class Look(T.TrainerCallback):
+            def on_step_end(self, args, state, control, prune=prune, seen=seen, **kwargs):
+                if prune._run is not None and state.global_step == 3:
+                    found = prune._run.scores if isinstance(prune, hc.PruningCallback) else prune._run.moved
+                    seen.update({name: score.clone() for name, score in found.items()})
+
+        t = trainer(tmp_path, [prune, Look()], max_steps=4, max_grad_norm=1e9 if unscaled == "clipped" else 0.0)
+        if scale is not None:
+            t.accelerator.scaler, t.accelerator.native_amp = torch.amp.GradScaler("cpu", init_scale=scale), True
+            t.accelerator.autocast_handler = AutocastKwargs(enabled=False)  # then numbers are the same
+            monkeypatch.setattr(type(t.accelerator), "mixed_precision", property(lambda self: "fp16"))
+        t.train()
+        scores.append(seen)
+    assert scores[0]
+    for name, score in scores[0].items():
+        torch.testing.assert_close(scores[1][name], score, rtol=1e-3, atol=1e-3 * float(score.abs().max()))
 
 
 @pytest.mark.parametrize("inputs", [{"zz": torch.zeros(1)}, {"input_ids": torch.tensor([[500]])}])

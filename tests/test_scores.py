@@ -9,6 +9,7 @@ import hf_compress as hc
 from hf_compress.discover import discover
 from hf_compress.modules import gate_
 from hf_compress.pruning import PLANNED
+from hf_compress.pruning.measured import Gated, derivatives, gates_of_blocks
 from hf_compress.pruning.planner import _measure
 from hf_compress.pruning.select import count_units, select, units_of
 from tests.zoo import FAMILIES, NO_HEADS, build
@@ -73,6 +74,80 @@ def test_every_row_counts_by_itself():
         torch.testing.assert_close(both[block.name], expected, rtol=1e-3, atol=1e-6)
 
 
+def opt(**more):
+    """Its feed-forward blocks are given rows of tokens; its attentions are not."""
+    torch.manual_seed(0)
+    config = dict(
+        vocab_size=99, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, ffn_dim=64, word_embed_proj_dim=32,
+        pad_token_id=1, dropout=0.0, **more,
+    )  # fmt: skip
+    ids = torch.randint(5, 99, (8, 10))
+    mask = torch.ones_like(ids)
+    ids[4:, -3:], mask[4:, -3:] = 1, 0
+    model = T.OPTForSequenceClassification(T.OPTConfig(**config)).eval()
+    return model, {"input_ids": ids, "attention_mask": mask, "labels": torch.tensor([0, 1] * 4)}
+
+
+def swin():
+    """Its attentions are given windows: 16 of a picture, then 4."""
+    torch.manual_seed(0)
+    config = T.SwinConfig(image_size=32, patch_size=2, embed_dim=16, depths=[2, 2], num_heads=[2, 4], window_size=4)
+    pictures = {"pixel_values": torch.randn(4, 3, 32, 32), "labels": torch.tensor([0, 1] * 2)}
+    return T.SwinForImageClassification(config).eval(), pictures
+
+
+@pytest.mark.parametrize("made", [opt, swin])
+def test_rows_of_tokens_and_windows_count_with_their_sample(made):
+    """A batch of rows says what the rows say alone, in every block."""
+    model, batch = made()
+    structure = discover(model)
+    gates = gates_of_blocks([*structure.attentions, *structure.ffns])
+    rows = [{k: v[i : i + 1] for k, v in batch.items()} for i in range(len(batch["labels"]))]
+    together, alone = (derivatives(model, gates, batches, None, "taylor") for batches in ([batch], rows))
+    for gate in gates:
+        assert together[gate.name].shape == (len(rows), gate.count) and float(alone[gate.name].abs().max()) > 0
+        torch.testing.assert_close(together[gate.name], alone[gate.name], rtol=1e-3, atol=1e-6)
+
+
+def test_rows_in_another_order_are_one_sample():
+    """Tokens first, then flattened: no part of the rows belongs to one sample, so the batch is taken for one."""
+
+    class Turned(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.down = torch.nn.Linear(6, 8), torch.nn.Linear(8, 6)
+
+        def forward(self, x, labels):
+            hidden = self.up(x.transpose(0, 1).flatten(0, 1)).relu()
+            out = self.down(hidden).unflatten(0, (x.shape[1], len(x))).mean((0, 2))
+            return {"loss": (out - labels).square().mean()}
+
+    torch.manual_seed(0)
+    model, batch = Turned(), {"x": torch.randn(4, 6, 6), "labels": torch.randn(4)}
+    gates = [Gated("down", torch.arange(8), 8, "down")]
+    loss_fn = lambda outputs, batch: outputs["loss"]  # noqa: E731
+    found = derivatives(model, gates, [batch], loss_fn, "taylor")["down"]
+    alone = derivatives(model, gates, [{k: v[i : i + 1] for k, v in batch.items()} for i in range(4)], loss_fn, "taylor")
+    assert alone["down"].shape == (4, 8)
+    torch.testing.assert_close(found, alone["down"].sum(0, keepdim=True))
+
+
+@pytest.mark.parametrize("module", ["self_attn.out_proj", "fc2"])
+def test_activation_does_not_count_padding(module):
+    model, batch = opt(activation_function="gelu")
+    seen = []
+    hook = model.model.decoder.layers[0].get_submodule(module).register_forward_pre_hook(lambda _m, a: seen.append(a[0]))
+    with torch.no_grad():
+        model(**batch)
+    hook.remove()
+    real = seen[0].reshape(8, 10, -1)[batch["attention_mask"].bool()].abs()
+    structure = discover(model)
+    block = (structure.ffns if module == "fc2" else structure.attentions)[0]
+    _, scores = measured(model, batch, "activation")
+    expected = torch.stack([real[:, units_of(block) == unit].mean() for unit in range(count_units(block))])
+    torch.testing.assert_close(scores[block.name], expected, rtol=1e-5, atol=1e-7)
+
+
 def test_magnitude_is_the_norm_of_everything_that_goes():
     model, _ = build("llama")
     _, scores = measured(model, {}, "magnitude")
@@ -94,14 +169,15 @@ def test_activation_counts_nonzeros_of_relu_and_averages_gelu():
     hook = model.model.decoder.layers[0].fc2.register_forward_pre_hook(lambda m, a: seen.append(a[0].detach()))
     _, scores = measured(model, batch, "activation")
     hook.remove()
-    flat = seen[0].reshape(-1, 96).numpy()
+    real = batch["attention_mask"].bool()
+    flat = seen[-1].reshape(*real.shape, 96)[real].numpy()
     np.testing.assert_allclose(scores["model.decoder.layers.0"].numpy(), (flat != 0).mean(0), rtol=1e-5)
     model, batch = build("bert")  # GELU
     hook = model.bert.encoder.layer[0].output.dense.register_forward_pre_hook(lambda m, a: seen.append(a[0].detach()))
     _, scores = measured(model, batch, "activation")
     hook.remove()
     np.testing.assert_allclose(
-        scores["bert.encoder.layer.0"].numpy(), np.abs(seen[-1].reshape(-1, 96).numpy()).mean(0), rtol=1e-5
+        scores["bert.encoder.layer.0"].numpy(), np.abs(seen[-1][batch["attention_mask"].bool()].numpy()).mean(0), rtol=1e-5
     )
 
 

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 
 from ..edits import AddExits, CompressionError, shown
-from ..host import calling_trainer, guard, refuse_drifting, restore_best, restore_what_stock_lost, unguard
+from ..host import calling_trainer, guard, log_beside, refuse_drifting, restore_best, restore_what_stock_lost, unguard
 from ..plan import Plan
 from ..probe import owners_in
 from ..publish import card_in_
@@ -172,8 +172,7 @@ class EarlyExitCallback(TrainerCallback):
         losses = take_exit_losses(self.model)
         if losses:
             means = {name: _mean_over_processes(loss).item() for name, loss in losses.items()}
-            if self._trainer is not None:
-                Trainer.log(self._trainer, means)  # a subclass's log would write averages of its own twice (TRL)
+            log_beside(self._trainer, means)
 
     def on_prediction_step(self, args, state, control, eval_dataloader=None, **kwargs):
         exits = None if self.model is None else self.model.__dict__.get("_exits")
@@ -189,8 +188,8 @@ class EarlyExitCallback(TrainerCallback):
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
         depth = self._add_mean_depth(metrics)
-        if depth and self._trainer is not None:
-            Trainer.log(self._trainer, depth)  # the Trainer has logged its metrics by now
+        if depth:
+            log_beside(self._trainer, depth)  # the Trainer has logged its metrics by now
 
     def on_predict(self, args, state, control, metrics=None, **kwargs):
         self._add_mean_depth(metrics)

@@ -27,7 +27,7 @@ from transformers.pytorch_utils import Conv1D
 from ..cutting import Block
 from ..discover import Structure
 from ..edits import CompressionError
-from ..grams import real_tokens, unlabelled
+from ..grams import real_rows, real_tokens, unlabelled
 from ..modules import dense_weight
 from ..probe import difference, quiet_run, tensors_in, tolerance
 from .surgeon import Moments
@@ -188,7 +188,7 @@ class Calibration:
             raise
         except Exception as error:  # a model may refuse a batch in any way
             raise CompressionError(
-                f"{type(self.model).__name__} does not run on a calibration batch ({', '.join(batch)}): "
+                f"{type(self.model).__name__} does not run on a calibration batch ({', '.join(map(str, batch))}): "
                 f"{type(error).__name__}: {error}"
             ) from error
 
@@ -253,9 +253,7 @@ class Calibration:
     def rows(self, tensor: torch.Tensor, block: Block, batch: int) -> torch.Tensor:
         """A tensor as rows, without those of padding."""
         mask = real_tokens(self.model, self.batches[batch], "decoder" in block.name.split("."))
-        if mask is not None and tensor.ndim == 3 and mask.shape == tensor.shape[:2]:
-            return tensor[mask.to(tensor.device).bool()]
-        return tensor.flatten(0, -2)
+        return real_rows(tensor, mask)
 
     def place(self, segment: Segment, block: Block) -> Place | None:
         """Where the output of a block's projection is in the residual stream (see the module's docstring)."""
@@ -442,17 +440,22 @@ def over_processes_(*tensors: torch.Tensor) -> None:
 def of_the_first(function: Callable[[], Any]) -> Any:
     """What a function gives in the first process of a distributed run, for all of them; the others wait.
 
-    For what is timed: times differ between processes, and all must cut alike. A refusal there is one in every process.
+    For what is timed: times differ between processes, and all must cut alike. What fails there fails in every process, so
+    that none waits for good.
     """
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         return function()
     box: list[Any] = [None, None]
+    failed: Exception | None = None
     if dist.get_rank() == 0:
         try:
             box[0] = function()
-        except CompressionError as error:
-            box[1] = str(error)
+        except Exception as error:  # of any kind (out of memory, say): it is raised below, once the others know
+            refused = isinstance(error, CompressionError)
+            failed, box[1] = error, str(error) if refused else f"The first process failed: {type(error).__name__}: {error}"
     dist.broadcast_object_list(box, src=0)
+    if failed is not None:
+        raise failed
     if box[1] is not None:
         raise CompressionError(box[1])
     return box[0]

@@ -12,7 +12,7 @@ from transformers.trainer_callback import ExportableState
 from transformers.utils import logging
 
 from ..edits import CompressionError
-from ..grams import checked_batches
+from ..grams import check_inputs, checked_batches
 from ..host import (
     calling_trainer,
     guard,
@@ -174,8 +174,7 @@ class PruningCallback(TrainerCallback, ExportableState):
         if not isinstance(smoothing, int | float) or not 0 <= smoothing < 1:
             raise CompressionError(f"smoothing must lie in [0, 1), got {smoothing!r}.")
         check_seed(seed)
-        if inputs is not None and not isinstance(inputs, Mapping):
-            raise CompressionError(f"inputs must be a batch as for model(**inputs), got {type(inputs).__name__}.")
+        check_inputs(inputs)
         self.inputs, self.batches = inputs, None if batches is None else checked_batches(batches)
         self.stages: list[dict[str, Any]] = []  # of a target: what was asked, achieved, left and lost each time
         self.options: dict[str, Any] = {

@@ -17,7 +17,9 @@ import torch
 from huggingface_hub.constants import HF_HOME
 from torch import nn
 from tqdm.auto import tqdm
+from transformers.utils import logging
 
+from ..checks import check_count, check_name, shown
 from ..cutting import Block, Cut, Variant, cut_
 from ..discover import Attention
 from ..edits import CompressionError
@@ -27,6 +29,8 @@ from ..probe import quiet_run
 from ..structural import Dropped, copy_of, finder_in, signature
 from ..timing import take_turns
 from .select import count_units, heads_of
+
+logger = logging.get_logger(__name__)
 
 FOLDER = Path(HF_HOME) / "hf_compress" / "latency"
 FORMAT = 1
@@ -47,6 +51,9 @@ class LatencyTable:
             that holds it. Modules may overlap (BERT's feed-forward block is timed with the attention beside it): differences
             within a block count, not the times themselves.
 
+    Raises:
+        CompressionError: a time that is no positive number, or a size that is no whole number of 1 or more.
+
     Example:
 
     ```python
@@ -62,14 +69,31 @@ class LatencyTable:
     total: float
     times: dict[str, dict[int, float]]
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.conditions, Mapping):
+            raise CompressionError(f"conditions of a LatencyTable must be a dict, got {shown(self.conditions)}.")
+        _check_time(self.total, "the whole model")
+        if not isinstance(self.times, Mapping) or not self.times:
+            raise CompressionError(f"times of a LatencyTable must be a dict of at least one block, got {shown(self.times)}.")
+        for name, times in self.times.items():
+            check_name(name, "A block of a LatencyTable")
+            if not isinstance(times, Mapping) or not times:
+                raise CompressionError(f"The times of {name!r} must be a dict of seconds by size, got {shown(times)}.")
+            for size, seconds in times.items():
+                check_count(size, f"A size of {name!r}")
+                _check_time(seconds, f"{name!r} at size {size}")
+
     def predict(self, sizes: Mapping[str, int]) -> float:
         """Seconds of the model with these sizes; blocks that are not named are whole."""
         return self.total - sum(times[max(times)] - times[sizes.get(name, max(times))] for name, times in self.times.items())
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write the table as JSON, to be used elsewhere (`LatencyTable.load`)."""
+        """Write the table as JSON, to be used elsewhere (`LatencyTable.load`).
+
+        Raises:
+            CompressionError: it cannot be written there.
+        """
         path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
         data = {"format": FORMAT, **asdict(self)}
         replace_files(path.parent, {path.name: (json.dumps(data, indent=1) + "\n").encode()})
 
@@ -90,6 +114,11 @@ class LatencyTable:
             raise CompressionError(
                 f"{path} is no latency table ({type(error).__name__}: {error}); `LatencyTable.save` writes one."
             ) from error
+
+
+def _check_time(seconds: Any, what: str) -> None:
+    if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 < seconds < float("inf"):
+        raise CompressionError(f"The time of {what} in a LatencyTable must be seconds above 0, got {shown(seconds)}.")
 
 
 def grid(block: Block) -> list[int]:
@@ -164,7 +193,7 @@ def latency_table(
     times: dict[str, dict[int, float]] = {}
     with quiet_run(model) as run:
         total = statistics.median(take_turns([lambda: run(inputs)], repeats, 2)[0])
-        if cache and path.is_file():
+        if cache and os.path.isfile(path):
             try:
                 table = LatencyTable.load(path)
                 # one that was made while something else ran says nothing of this machine now
@@ -178,7 +207,10 @@ def latency_table(
             times.update({block.name: found for block in group})
     table = LatencyTable(conditions, total, times)
     if cache:
-        table.save(path)
+        try:
+            table.save(path)
+        except CompressionError as error:  # nothing that was asked for depends on it
+            logger.warning(f"The times are not kept for another run. {error}")
     return table
 
 

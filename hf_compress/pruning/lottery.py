@@ -11,6 +11,7 @@ from ..edits import CompressionError, shown
 from ..host import (
     calling_trainer,
     guard,
+    log_beside,
     refuse_drifting,
     refuse_sharded,
     restore_best,
@@ -118,9 +119,8 @@ class LotteryTicketCallback(TrainerCallback):
                 # whatever was best so far never felt the mask
                 state.best_metric = state.best_model_checkpoint = state.best_global_step = None
             state.stateful_callbacks[STATE] = {"masks": self.ticket.digest}
-            if trainer is not None:
-                found = {"weights_removed": round(self.ticket.sparsity, 6)}
-                Trainer.log(trainer, {"round": self.ticket.round, **found} if self.ticket.round else found)
+            found = {"weights_removed": round(self.ticket.sparsity, 6)}
+            log_beside(trainer, {"round": self.ticket.round, **found} if self.ticket.round else found)
 
         if trainer is None:
             enter()

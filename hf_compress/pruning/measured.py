@@ -13,6 +13,8 @@ from tqdm.auto import tqdm
 
 from ..cutting import Block
 from ..edits import CompressionError
+from ..grams import real_rows, real_tokens, unlabelled
+from ..probe import difference, tolerance
 from .select import count_units, units_of
 
 LossFn = Callable[[Any, Mapping[str, Any]], torch.Tensor]
@@ -52,12 +54,14 @@ def derivatives(
 ) -> dict[str, torch.Tensor]:
     """`dL/dg` of every unit, by `Gated.name`, (samples, units), for the loss summed over the batch.
 
-    A sample is a row of the batch, or the whole batch where the module is given rows of tokens.
+    A sample is a row of the batch. Where a module is given rows of something else (of tokens, of windows of a picture), those
+    of a sample are added up; the whole batch is one sample where they are not shown to lie together (`_in_order`).
     """
     rows: dict[str, list[torch.Tensor]] = {gate.name: [] for gate in gates}
     now: dict[str, torch.Tensor] = {}
     ran: set[str] = set()
     samples = [0]
+    ordered: set[str] | None = None
 
     def see(gate: Gated, inputs: torch.Tensor) -> torch.Tensor:
         ran.add(gate.module)
@@ -68,9 +72,10 @@ def derivatives(
             flat = (grad.detach() * inputs.detach()).float().movedim(gate.dim, -1)
             if flat.ndim > 2:
                 flat = flat.flatten(1, -2).sum(1)
-            elif len(flat) != samples[0]:
-                flat = flat.sum(0, keepdim=True)
-            units = gate.fold(flat).cpu() * len(flat)
+            if len(flat) != samples[0]:
+                together = gate.module in (ordered or ()) and len(flat) % samples[0] == 0
+                flat = flat.unflatten(0, (samples[0], -1)).sum(1) if together else flat.sum(0, keepdim=True)
+            units = gate.fold(flat).cpu() * samples[0]  # the loss is a mean
             before = now.get(gate.name)  # a shared module runs many times
             if before is not None and before.shape != units.shape:
                 raise CompressionError(
@@ -85,7 +90,9 @@ def derivatives(
     with _frozen(model, gates, see), torch.enable_grad():
         for batch in tqdm(batches, desc="score", unit="batch", leave=False, disable=None, delay=3):
             batch = _on_device(model, batch)
-            samples[0] = next((len(v) for v in batch.values() if isinstance(v, torch.Tensor) and v.ndim), 0)
+            samples[0] = _rows_of(batch)
+            if ordered is None:
+                ordered = _in_order(model, gates, batch)
             loss = _loss(_forward(model, batch), batch, loss_fn, score)
             now.clear()
             loss.backward()
@@ -102,14 +109,25 @@ def derivatives(
 
 
 def activations(model: nn.Module, gates: Sequence[Gated], batches: Iterable[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-    """Of what gates would multiply, by `Gated.name`: the share that is not zero, and the mean magnitude, (2, units)."""
+    """Of what gates would multiply, by `Gated.name`: the share that is not zero, and the mean magnitude, (2, units).
+
+    Over rows that no `attention_mask` hides.
+    """
     sums = {gate.name: torch.zeros(2, gate.count) for gate in gates}
     counts = {gate.name: torch.zeros(gate.count) for gate in gates}
     ran: set[str] = set()
+    now: list[Mapping[str, Any]] = [{}]
+    ordered: set[str] | None = None
 
     def see(gate: Gated, inputs: torch.Tensor) -> torch.Tensor:
+        if ordered is None:
+            return inputs
         ran.add(gate.module)
-        flat = inputs.detach().movedim(gate.dim, -1).flatten(0, -2)
+        flat = inputs.detach().movedim(gate.dim, -1)
+        mask = real_tokens(model, now[0], "decoder" in gate.module.split("."))
+        if mask is not None and gate.module in (ordered or ()) and flat.shape[:-1] == (mask.numel(),):
+            flat = flat.unflatten(0, mask.shape)
+        flat = real_rows(flat, mask)
         statistics = torch.stack([(flat != 0).sum(0).float(), flat.float().abs().sum(0)])
         sums[gate.name] += gate.fold(statistics).cpu()
         counts[gate.name] += gate.fold(torch.full((flat.shape[1],), float(len(flat))))
@@ -117,9 +135,58 @@ def activations(model: nn.Module, gates: Sequence[Gated], batches: Iterable[Mapp
 
     with _frozen(model, gates, see), torch.no_grad():
         for batch in tqdm(batches, desc="score", unit="batch", leave=False, disable=None, delay=3):
-            _forward(model, _on_device(model, batch))
+            batch = _on_device(model, batch)
+            if ordered is None:
+                ordered = _in_order(model, gates, batch)
+            now[0] = unlabelled(model, batch)
+            _forward(model, batch)
+            now[0] = {}
     _all_ran(gates, ran)
     return {name: total / counts[name] for name, total in sums.items()}
+
+
+def _rows_of(batch: Mapping[str, Any]) -> int:
+    return next((len(v) for v in batch.values() if isinstance(v, torch.Tensor) and v.ndim), 1)
+
+
+def _in_order(model: nn.Module, gates: Sequence[Gated], batch: Mapping[str, Any]) -> set[str]:
+    """The modules that are given several rows for each of the batch (tokens, windows), those of one beside each other.
+
+    Seen from the first two rows of the batch, in both orders: what a module is given must change places by halves.
+    """
+    many = _rows_of(batch)
+    if many < 2:
+        return set()
+    seen: list[dict[str, list[torch.Tensor]]] = []
+
+    def note(name: str) -> Callable[..., None]:
+        def before(_module: nn.Module, args: Any) -> None:
+            if len(args[0]) != 2:
+                seen[-1].setdefault(name, []).append(args[0].detach())
+
+        return before
+
+    with ExitStack() as stack, torch.no_grad():
+        for gate in gates:
+            stack.callback(model.get_submodule(gate.module).register_forward_pre_hook(note(gate.module)).remove)
+        for rows in ([0, 1], [1, 0]):
+            seen.append({})
+            try:
+                model(
+                    **{k: v[rows] if isinstance(v, torch.Tensor) and v.ndim and len(v) == many else v for k, v in batch.items()}
+                )
+            except Exception:  # of inputs that are not one row each (patches of all pictures) two cannot be taken
+                return set()
+
+    def swapped(one: torch.Tensor, other: torch.Tensor) -> bool:
+        halves = one.shape == other.shape and len(one) % 2 == 0
+        return halves and difference(torch.cat(one.chunk(2)[::-1]), other) <= tolerance(one.dtype)
+
+    return {
+        name
+        for name, calls in seen[0].items()
+        if len(calls) == len(seen[1].get(name, ())) and all(map(swapped, calls, seen[1][name]))
+    }
 
 
 def _all_ran(gates: Sequence[Gated], ran: set[str]) -> None:
@@ -164,7 +231,8 @@ def _forward(model: nn.Module, batch: Mapping[str, Any]) -> Any:
         return model(**batch)
     except Exception as error:  # a model may refuse a batch in any way
         raise CompressionError(
-            f"{type(model).__name__} does not run on a calibration batch ({', '.join(batch)}): {type(error).__name__}: {error}"
+            f"{type(model).__name__} does not run on a calibration batch ({', '.join(map(str, batch))}): "
+            f"{type(error).__name__}: {error}"
         ) from error
 
 

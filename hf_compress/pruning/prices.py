@@ -44,7 +44,13 @@ def blocks_for(model: nn.Module, structure: Any, heads: bool, neurons: bool) -> 
         logger.warning(
             f"{len(blocks) - len(able)} blocks stay whole: experts, or blocks without a Linear of their own at their end."
         )
-    return [block for block in able if count_units(block) > 1]
+    found = [block for block in able if count_units(block) > 1]
+    if not found:
+        raise CompressionError(
+            f"Every block of this {type(model).__name__} that could be cut has a single head, kv group or neuron, which stays. "
+            "Let both heads and neurons go, or remove layers (KeepLayers)."
+        )
+    return found
 
 
 class Prices:
@@ -73,6 +79,17 @@ class Prices:
             self.costs = {block.name: self._counts(block) for block in blocks}
             self.total, self.conditions = self._count(model), {}
         self.fixed = self.total - sum(self.costs[block.name][count_units(block)] for block in blocks)
+        if self.is_predicted and self._least() <= 0:
+            raise CompressionError(
+                f"The latency table cannot be right: with the smallest sizes it predicts {self._least():.4g} seconds, of "
+                f"{self.total:.4g}. A block cannot save more than the whole model takes."
+            )
+
+    def only(self, blocks: Sequence[Block]) -> None:
+        """Leave all but these blocks whole."""
+        self.blocks = blocks
+        self.costs = {block.name: self.costs[block.name] for block in blocks}
+        self.fixed = self.total - sum(self.costs[block.name][count_units(block)] for block in blocks)
 
     def _counts(self, block: Block) -> dict[int, float]:
         """Parameters, bytes or MACs of the module around a block, by size: they change linearly, so two sizes say all."""
@@ -87,17 +104,22 @@ class Prices:
 
     def _count(self, model: nn.Module) -> float:
         if self.target == "macs":
-            with quiet_run(model) as run:
-                return float(macs_of(model, lambda: run(self.inputs)))
+            try:
+                with quiet_run(model) as run:
+                    return float(macs_of(model, lambda: run(self.inputs)))
+            except Exception as error:  # a model may refuse a batch in any way
+                raise CompressionError(
+                    f"{type(model).__name__} does not run on inputs ({', '.join(self.inputs)}): {type(error).__name__}: {error}"
+                ) from error
         unique = {id(p): (n, p.nbytes) for module in model.modules() for p, n in numbers_of(module)}
         return float(sum(pair[self.target == "bytes"] for pair in unique.values()))
 
     def check(self, ratio: float) -> None:
         """Refuse a target that the smallest sizes do not meet; a speed-up, where a model of these sizes is not so fast."""
         most = self._most()
-        if most < ratio and self.target == "speedup" and not self.is_predicted:  # the table may be off: it was made of parts
+        if most < ratio and self._is_timed():  # the table may be off: it was made of parts
             most = of_the_first(lambda: self._achieved(self._smallest(), ratio, SHORT)[0])
-        if most < ratio * (1 - WITHIN * (self.target == "speedup")):
+        if most < ratio * (1 - WITHIN * self._is_timed()):
             raise CompressionError(self._cannot(ratio, most))
 
     def _smallest(self, losses: Mapping[str, Mapping[int, float]] | None = None) -> dict[str, int]:
@@ -110,15 +132,21 @@ class Prices:
 
     def _most(self) -> float:
         """What the costs promise of the smallest sizes; times of parts overlap, so it may be anything."""
-        least = self.fixed + sum(min(of.values()) for of in self.costs.values())
+        least = self._least()
         return self.total / least if least > 0 else float("inf")
 
+    def _least(self) -> float:
+        return self.fixed + sum(min(of.values()) for of in self.costs.values())
+
+    def _is_timed(self) -> bool:
+        return self.target == "speedup" and not self.is_predicted
+
     def falls_short(self, sizes: Mapping[str, int], achieved: float, ratio: float) -> str | None:
-        """Why a speed-up was not reached, if nothing is left to remove."""
+        """Why a target was not reached: of one that is timed, if nothing is left to remove."""
+        if not self._is_timed():
+            return None if achieved >= ratio * (1 - 1e-9) else self._cannot(ratio, achieved)
         smallest = self._smallest({name: self.costs[name] for name in sizes})
-        if self.target == "speedup" and not self.is_predicted and achieved < ratio * (1 - WITHIN) and dict(sizes) == smallest:
-            return self._cannot(ratio, achieved)
-        return None
+        return self._cannot(ratio, achieved) if achieved < ratio * (1 - WITHIN) and dict(sizes) == smallest else None
 
     def fit(
         self, losses: Mapping[str, Mapping[int, float]], ratio: float, rough: bool = False
@@ -142,7 +170,7 @@ class Prices:
         self, losses: Mapping[str, Mapping[int, float]], ratio: float, rough: bool
     ) -> tuple[dict[str, int], float, Any, float]:
         aim, best = _ratio(self.bias * _share(ratio)), None
-        timed = self.target == "speedup" and not self.is_predicted
+        timed = self._is_timed()
         for _ in range(1 if rough and timed else TRIES):
             try:
                 sizes = solve(losses, {name: self.costs[name] for name in losses}, self.total / aim, self.fixed)

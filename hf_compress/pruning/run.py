@@ -16,7 +16,7 @@ from ..compensation import name_of
 from ..cutting import Block, Variant
 from ..discover import Attention, Structure, discover
 from ..edits import CompressionError
-from ..host import first_rows
+from ..host import first_rows, log_beside, loss_scale
 from ..layout import gates_of
 from ..loader import HfCompressConfig, compression_of
 from ..masking import masks_in
@@ -203,7 +203,7 @@ class PruningRun:
         """Add this step's gradients (or activations) to the running scores."""
         if self.is_full or self.how.needs not in ("gradient", "activation"):
             return
-        past = self.options["smoothing"]
+        past, scale = self.options["smoothing"], loss_scale(self.trainer)
         for block in self.blocks:
             out = self.outs[block.name]
             if self.how.needs == "gradient":
@@ -211,7 +211,7 @@ class PruningRun:
                 weight = out.get_parameter(name)
                 if weight.grad is None:
                     continue
-                columns = (weight.float() * weight.grad.float()).sum(1 - dim)
+                columns = (weight.float() * weight.grad.float()).sum(1 - dim) / scale
                 units = fold(columns, block)
                 now = self.how.reduce(units[None])
             else:
@@ -295,10 +295,7 @@ class PruningRun:
         return kept
 
     def _log(self, numbers: dict[str, float]) -> None:
-        if self.trainer is not None:
-            due = self.trainer.control.should_log  # which `log` takes back: the loss of this step would not be told
-            Trainer.log(self.trainer, numbers)  # a subclass's log empties averages of its own (TRL)
-            self.trainer.control.should_log = due
+        log_beside(self.trainer, numbers)
 
     def _ranking(self) -> dict[str, torch.Tensor]:
         """The scores by block, the same on every rank."""

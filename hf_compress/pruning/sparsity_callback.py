@@ -16,10 +16,13 @@ from transformers import Trainer, TrainerCallback
 from transformers.utils import logging
 
 from ..edits import CompressionError
+from ..grams import check_inputs
 from ..host import (
     calling_trainer,
     first_rows,
     guard,
+    log_beside,
+    loss_scale,
     refuse_drifting,
     refuse_sharded,
     restore_best,
@@ -111,8 +114,7 @@ class SparsityCallback(TrainerCallback):
         check_schedule(schedule, start, end, every)
         if modules is not None:
             name_pattern(modules, "modules")
-        if inputs is not None and not isinstance(inputs, Mapping):
-            raise CompressionError(f"inputs must be a batch as for model(**inputs), got {type(inputs).__name__}.")
+        check_inputs(inputs)
         self.inputs = inputs
         self.options: dict[str, Any] = {
             "sparsity": sparsity if pattern is None else None,
@@ -291,7 +293,7 @@ class _Run:
         if self.is_full or self.options["score"] != "movement" or optimizer is None:
             return
         rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
-        scale = self._scale()
+        scale = loss_scale(self.trainer)
         for name, module in self.modules.items():
             weight: Any = module.weight
             if weight.grad is None or id(weight) not in rates:
@@ -301,13 +303,6 @@ class _Run:
                 continue  # a skipped step of mixed precision
             old = self.moved.get(name)
             self.moved[name] = -now if old is None else old.sub_(now)
-
-    def _scale(self) -> float:
-        """What float16 training has multiplied gradients by, where no clipping has taken it out again."""
-        scaler = None if self.trainer is None else getattr(self.trainer.accelerator, "scaler", None)
-        if scaler is None or self.trainer is None or (self.trainer.args.max_grad_norm or 0) > 0:
-            return 1.0
-        return float(scaler.get_scale())
 
     def advance(self, step: int) -> bool:
         """Move the masks to where the schedule says they are; whether full sparsity was reached at this step."""
@@ -347,9 +342,7 @@ class _Run:
             if not bool(mask.any()):  # a checkpoint holds at least one weight of a module
                 mask.view(-1)[scores[name].flatten().argmax()] = True
         self.held.set_(masks)
-        if self.trainer is not None:
-            # a subclass's log empties averages of its own (TRL)
-            Trainer.log(self.trainer, {"weights_removed": round(self.held.sparsity, 4)})
+        log_beside(self.trainer, {"weights_removed": round(self.held.sparsity, 4)})
 
     def finish(self) -> Plan:
         """The modules that hold their masks themselves."""

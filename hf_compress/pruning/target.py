@@ -10,13 +10,14 @@ from typing import Any
 
 from torch import nn
 
+from ..checks import shown
 from ..discover import discover
 from ..edits import CompressionError
-from ..grams import checked_batches, unlabelled
+from ..grams import check_inputs, checked_batches, unlabelled
 from ..pictures import save_pruned
 from ..plan import Plan
 from ..probe import NoInputs
-from ..refusals import check_foreign
+from ..refusals import check_foreign, check_gradients
 from ..surgery import apply_, prove_variants
 from .calibrate import Calibration
 from .choose import choose
@@ -172,6 +173,9 @@ def prune_family(
 ) -> list[Pruned]:
     """Plans for several speed-ups from one calibration; the model is not changed. See `prune_to`.
 
+    Whether the smallest sizes meet every speed-up is looked at first, before anything is calibrated: one that cannot be met is
+    refused before there are plans for the others.
+
     Example:
 
     ```python
@@ -228,11 +232,14 @@ def _family(
         raise CompressionError(f"tries is how many choices of sizes are run, 0 or more, got {tries!r}.")
     if table is not None and (not isinstance(table, LatencyTable) or target != "speedup"):
         raise CompressionError(f"table is a LatencyTable, for a speed-up; got {type(table).__name__} for {target}.")
+    for name, value in (("heads", heads), ("neurons", neurons)):
+        if not isinstance(value, bool):
+            raise CompressionError(f"{name} must be True or False (whether {name} may go), got {shown(value)}.")
     model = getattr(model, "_orig_mod", model)  # torch.compile
     check_foreign(model)
+    check_gradients(model, "prune_to" if len(ratios) == 1 else "prune_family")
     batches = checked_batches(batches)
-    if inputs is not None and (not isinstance(inputs, Mapping) or not inputs):
-        raise CompressionError(f"inputs must be a batch as for model(**inputs), got {type(inputs).__name__}.")
+    check_inputs(inputs)
     structure = discover(model)
     blocks = blocks_for(model, structure, heads, neurons)
     calibration = Calibration(model, structure, blocks, batches)
@@ -244,9 +251,12 @@ def _family(
         proved = prove_variants(model, trial, inputs)
     grids = {block.name: sorted(grid(block) if table is None else table.times.get(block.name, ())) for block in blocks}
     database: Database | None = {} if tries and is_small(calibration, grids) else None
+    prices = Prices(model, inputs, blocks, proved, target, table)
+    for ratio in ratios:  # what cannot be met is refused before the long work
+        prices.check(ratio)
     found = losses_of(calibration, damping, grids, database)
     blocks = calibration.blocks
-    prices = Prices(model, inputs, blocks, proved, target, table)
+    prices.only(blocks)
     losses = {block.name: found[block.name].at(prices.costs[block.name]) for block in blocks}
     units = {block.name: unit_of(block) for block in blocks}
     known = {block.name: found[block.name].shares(prices.costs[block.name]) for block in blocks}
