@@ -14,7 +14,7 @@ from .edits import CompressionError
 from .masking import Mask, why_not_skipped
 from .probe import difference, tensors_in, tolerance
 from .resolve import Resolved
-from .stacks import remove_layers_
+from .stacks import config_parts, remove_layers_
 
 
 def try_layers(model: nn.Module, resolved: Resolved, run: Callable[..., list[Any]]) -> None:
@@ -84,6 +84,16 @@ def why_layers_stay(model: nn.Module, resolved: Resolved, error: Exception, cach
         return (
             f"every layer has an input of its own (config.hidden_size_per_layer_input), made for all layers at once ({reason})",
             "Leave KeepLayers out for this model; KeepHeads and KeepNeurons make its layers smaller.",
+        )
+    periods = [
+        f"{key}={value}" for part in {id(c): c for _, c in config_parts(model)}.values()
+        for key, value in vars(part).items() if "layer" in key and key.endswith(("_period", "_offset", "_interval", "_pattern"))
+        and type(value) is int
+    ]  # fmt: skip
+    if periods:
+        return (
+            f"what a layer is follows from its number in the config ({', '.join(periods)}), and the numbers change ({reason})",
+            "Keep layers that are of the kind that this rule gives their new numbers (whole periods, say).",
         )
     return reason, OTHERS_DEPEND
 

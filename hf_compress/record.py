@@ -114,9 +114,14 @@ def stamp_(
     written, built = write_record(owner, layout, edits.to_dict(spans=True), hidden, undo)
     place = unrecorded(owner, written, built)
     if place is not None:
+        why = (
+            "its config would not build any model"
+            if built is None and place.startswith("the config")
+            else f"{place} would differ"
+        )
         raise CompressionError(
-            f"Nothing was changed: this cut of {type(owner).__name__} could not be saved so that it loads again ({place} would "
-            "differ). Leave the layers or blocks that it depends on out of the plan; if it is a module of your own in the "
+            f"Nothing was changed: this cut of {type(owner).__name__} could not be saved so that it loads again ({why}). "
+            "Leave the layers or blocks that it depends on out of the plan; if it is a module of your own in the "
             "place of what the config says, make a class that builds it."
         )
 

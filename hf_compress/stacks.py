@@ -131,23 +131,35 @@ def _count(config: Any, names: tuple[str, ...], path: str, depth: int, kept: tup
     values = vars(config)
     if len(values.get("stage_names") or ()) == depth + 1:
         _name_stages(config, kept, undo)
-    counts = any(type(values.get(name)) is int and values[name] == depth for name in names)
+    counted = [values[name] for name in names if type(values.get(name)) is int]
+    counts = depth in counted
+    # of two sides that one config counts, lists that do not say whose they are hold for the encoder (LED's windows)
+    others = "decoder_layers" in names and not set(names) & set(DEPTH)
     stage = next((int(word) for word in reversed(path.split(".")) if word.isdigit()), None)
     for name, value in list(values.items()):
         if name in names and type(value) is int and value == depth and stage is None:
             new: Any = len(kept)
         elif name == "depths" and stage is not None and isinstance(value, list | tuple) and stage < len(value):
             new = [len(kept) if i == stage else n for i, n in enumerate(value)]
-        elif name in INDICES and isinstance(value, list | tuple) and stage is None:
+        elif others and isinstance(value, list | tuple) and "decoder" not in name:
+            continue
+        elif is_indices(name) and isinstance(value, list | tuple) and stage is None:
             if not counts or not all(type(v) is int and 0 <= v < depth for v in value):
                 continue
             new = [kept.index(v) for v in value if v in kept]
         elif isinstance(value, list | tuple) and counts_layers(name, value) and len(value) == depth and stage is None:
+            if counted and not counts:  # the layers of another stack, as many by chance
+                continue
             new = [value[i] for i in kept]
         else:
             continue
         undo.append(lambda c=config, n=name, v=value: c.__dict__.__setitem__(n, v))
         config.__dict__[name] = new
+
+
+def is_indices(name: str) -> bool:
+    """Whether a list in a config holds numbers of layers, and not one value for each."""
+    return name in INDICES or ("layer" in name and bool({"indices", "indexes", "idxs", "idx", "ids"} & set(name.split("_"))))
 
 
 def _name_stages(config: Any, kept: tuple[int, ...], undo: Undo) -> None:

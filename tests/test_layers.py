@@ -188,3 +188,73 @@ def test_shared_weights_are_left_as_they_are_and_named(caplog):
     name = "model.layers.0.mamba.in_proj"
     with pytest.raises(hc.CompressionError, match=f"'{name}': Rank 60 .* saves nothing.*Lower"):
         hc.apply_(model, hc.Plan([hc.LowRank(name, 60)]))
+
+
+def same_when_loaded(model, batch, tmp_path):
+    model.save_pretrained(tmp_path / "cut")
+    loaded = type(model).from_pretrained(tmp_path / "cut").eval()
+    with torch.no_grad():
+        return torch.equal(model(**batch).logits, loaded(**batch).logits)
+
+
+def test_lists_of_another_stack_stay_as_they_are(tmp_path):
+    """Mllama's global layers are as many as the layers of the other transformer that its images are read from."""
+    torch.manual_seed(0)
+    vision = dict(
+        hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_global_layers=2, attention_heads=4, image_size=32,
+        patch_size=8, max_num_tiles=2, intermediate_layers_indices=[0, 2], vision_output_dim=192,
+        supported_aspect_ratios=[[1, 1], [1, 2], [2, 1]],
+    )  # fmt: skip
+    text = dict(
+        vocab_size=120, hidden_size=64, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+        cross_attention_layers=[1, 3], rope_parameters={"rope_type": "default", "rope_theta": 1e4}, pad_token_id=0,
+        bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    config = T.MllamaConfig(text_config=text, vision_config=vision, image_token_index=100)
+    model = T.MllamaForConditionalGeneration(config).eval()
+    hc.apply_(model, hc.Plan([hc.KeepLayers([1], "model.vision_model.global_transformer.layers")]))
+    assert model.config.vision_config.intermediate_layers_indices == [0, 2]
+    one = torch.ones(1, 4, dtype=torch.long)
+    batch = dict(
+        pixel_values=torch.randn(1, 1, 2, 3, 32, 32), aspect_ratio_ids=torch.tensor([[2]]), attention_mask=one,
+        aspect_ratio_mask=torch.ones(1, 1, 2, dtype=torch.long), input_ids=torch.tensor([[1, 100, 5, 6]]),
+        cross_attention_mask=torch.ones(1, 4, 1, 2, dtype=torch.long),
+    )  # fmt: skip
+    assert same_when_loaded(model, batch, tmp_path)
+
+
+@pytest.mark.parametrize("kept", [[0, 1], [1, 3], [0, 1, 2]])
+def test_windows_of_leds_encoder_are_not_its_decoders(kept, tmp_path):
+    torch.manual_seed(0)
+    config = T.LEDConfig(
+        vocab_size=99, d_model=32, encoder_layers=4, decoder_layers=4, encoder_attention_heads=4, decoder_attention_heads=4,
+        encoder_ffn_dim=64, decoder_ffn_dim=64, attention_window=[4, 8, 4, 8],
+    )  # fmt: skip
+    model = T.LEDForConditionalGeneration(config).eval()
+    hc.apply_(model, hc.Plan([hc.KeepLayers(kept, "led.decoder.layers")]))
+    assert model.config.attention_window == [4, 8, 4, 8] and model.config.decoder_layers == len(kept)
+    assert same_when_loaded(model, {"input_ids": torch.randint(5, 99, (2, 16))}, tmp_path)
+    hc.apply_(model, hc.Plan([hc.KeepLayers([1, 2], "led.encoder.layers")]))
+    assert model.config.attention_window == [8, 4]
+    assert same_when_loaded(model, {"input_ids": torch.randint(5, 99, (2, 16))}, tmp_path)
+
+
+def test_kinds_that_follow_from_numbers_are_named():
+    torch.manual_seed(0)
+    config = T.JambaConfig(
+        vocab_size=99, hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+        attn_layer_period=2, attn_layer_offset=1, expert_layer_period=2, expert_layer_offset=1, num_experts=2,
+        mamba_d_state=8, mamba_dt_rank=4, use_mamba_kernels=False,
+    )  # fmt: skip
+    model = T.JambaForCausalLM(config).eval()
+    with pytest.raises(hc.CompressionError, match=r"attn_layer_period=2.*kind that this rule gives"):
+        hc.apply_(model, hc.Plan([hc.KeepLayers([0, 1, 3])]))
+
+
+def test_a_config_that_builds_nothing_is_said_to(tmp_path):
+    """Stock Zamba cannot tie the one hybrid layer that is left."""
+    model, _, _ = build("zamba")
+    hybrids = [i for i, kind in enumerate(model.config.layers_block_type) if kind == "hybrid"]
+    with pytest.raises(hc.CompressionError) as caught:
+        hc.apply_(model, hc.Plan([hc.KeepLayers([0, hybrids[0]] if hybrids[0] else [0, 1])]))
+    assert "which does not build" not in str(caught.value)
