@@ -330,7 +330,8 @@ class Ctrl(T.TrainerCallback):
 
 @pytest.mark.parametrize("before", [True, False])
 def test_an_interrupted_training_leaves_exits_as_they_were(before, tmp_path):
-    model = model_with_exits(threshold=0.0)
+    model = hc.apply_(plain_model("bert"), hc.Plan([hc.AddExits((0, 1), threshold=0.0)]))
+    spread_heads(model)
     set_exits_(model, enabled=before)
     prune, ctrl = hc.PruningCallback(heads=0.5), Ctrl()
     data = [{**row, "labels": row["labels"] * 2} for row in rows(16)]

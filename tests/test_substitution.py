@@ -363,7 +363,7 @@ def test_tensors_that_would_break_the_model_are_refused(plan, message):
 
 @pytest.mark.parametrize(
     ("batch", "message"),
-    [({}, "does not run on a batch"), ({"input_ids": torch.full((2, 4), 500)}, "does not run on a batch"),
+    [({}, "keys of a batch are names"), ({"input_ids": torch.full((2, 4), 500)}, "does not run on a batch"),
      ({"input_ids": torch.ones(2, 4).long(), "attention_mask": torch.zeros(2, 4).long()}, "hides every row")],
 )  # fmt: skip
 def test_batches_that_do_not_calibrate_are_refused(batch, message):

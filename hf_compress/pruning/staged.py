@@ -151,7 +151,10 @@ class StagedRun(PruningRun):
             "interval": None if chosen.interval is None else list(chosen.interval),
             "sizes": {block.name: [chosen.sizes[block.name], count_units(block)] for block in self.blocks},
             "losses": chosen.lost,
-            "curves": {name: found[name].shares(self.prices.costs[name]) for name in there if name in found},
+            "curves": {
+                name: found[name].shares(self.prices.costs[name]) if name in found else [[1, 0.0]]
+                for name, n in there.items() if name in found or n == 1
+            },
         })  # fmt: skip
         self._log({**self._shares(), self.target: round(chosen.achieved, 4)})
 
