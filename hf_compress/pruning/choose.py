@@ -24,7 +24,7 @@ class Choice:
         achieved (`float`): how many times faster or smaller.
         interval (`tuple[float, float]`, *optional*): 95%, of a measured speed-up.
         plan (`Plan`): the cuts, with the weights that belong to them.
-        lost (`dict[str, float]`): by block that is cut, the share of its output's variance that is lost.
+        lost (`dict[str, float]`): by block that is cut, the share of what its output should vary by that is lost.
     """
 
     sizes: dict[str, int]
